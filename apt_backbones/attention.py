@@ -1,0 +1,112 @@
+"""Attention over packed sequences: block-diagonal, one block per segment (APT, section 3.2).
+
+Legend: T tokens of the whole batch, N heads, H channels per head, S segments, L length of one segment.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("flash", "varlen", "sdpa")
+
+
+def varlen_attention(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    lengths: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Scaled dot-product attention in which every token sees exactly the tokens of its own segment.
+
+    Args:
+        q_TNH, k_TNH, v_TNH: packed queries, keys, values (T, N, H).
+        cu_seqlens: int32 (S + 1,) on the same device: segment s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
+        max_seqlen: length of the longest segment.
+        lengths: the segments' lengths as Python ints; only "sdpa" needs them, and reads them off the device if they
+            are not given.
+        backend: "flash" (the flash-attn package), "varlen" (torch.nn.attention.varlen), "sdpa" (PyTorch's
+            scaled_dot_product_attention, segments of equal length batched), or None for the first that can run.
+
+    Returns:
+        (T, N, H).
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: the backend cannot run on these tensors or this machine; the message says why.
+    """
+    if backend is None:
+        backend = next(name for name in BACKENDS if _why_not(name, q_TNH.device, q_TNH.dtype, q_TNH.shape[-1]) is None)
+    elif backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    elif reason := _why_not(backend, q_TNH.device, q_TNH.dtype, q_TNH.shape[-1]):
+        raise RuntimeError(f"attention backend {backend!r} cannot be used: {reason}")
+    if backend == "sdpa":
+        lengths = cu_seqlens.diff().tolist() if lengths is None else lengths
+        return _sdpa(q_TNH, k_TNH, v_TNH, tuple(lengths))
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        # The kernel reads 16-byte vectors: strided or misaligned inputs give wrong results instead of an error.
+        q_TNH, k_TNH, v_TNH = map(_aligned, (q_TNH, k_TNH, v_TNH))
+        return varlen_attn(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+@lru_cache(maxsize=256)
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a backend cannot run here, or None if it can."""
+    if backend == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs only, and the tensors are on {device.type!r}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 or bfloat16, and the tensors are {dtype}; run the model under autocast"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
+    if head_dim % 8 or head_dim > 256:
+        return f"it needs a head size that 8 divides, at most 256, and this one is {head_dim}"
+    try:
+        if backend == "flash":
+            from flash_attn import flash_attn_varlen_func  # noqa: F401
+        else:
+            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError as error:
+        remedy = "pip install flash-attn --no-build-isolation" if backend == "flash" else "install torch >= 2.10"
+        return f"{error}; {remedy}"
+    return None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    segments_of_length = defaultdict(list)
+    for segment, length in enumerate(lengths):
+        if length:
+            segments_of_length[length].append(segment)
+    if len(segments_of_length) == 1:  # equal lengths (the dense model) and single images: views, no copies
+        length = next(iter(segments_of_length))
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TNH, k_TNH, v_TNH))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+    parts = [x.split(lengths) for x in (q_TNH, k_TNH, v_TNH)]
+    out = [v_TNH[:0]] * len(lengths)
+    for segments in segments_of_length.values():
+        q, k, v = (
+            part[segments[0]][None] if len(segments) == 1 else torch.stack([part[s] for s in segments])
+            for part in parts
+        )
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        for segment, x in zip(segments, attended.transpose(1, 2)):
+            out[segment] = x
+    return torch.cat(out)

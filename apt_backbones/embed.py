@@ -1,0 +1,117 @@
+"""Patches of several sizes to tokens of one width (APT, arXiv 2510.18091, section 3.1).
+
+    embed(P) = E(resize(P, p x p)) + pos(P) + ZeroMLP(ConvDown^i({E(sub-patch) : base sub-patches of P}))
+
+for a patch P of side p * 2^i. E is the host ViT's own patch projection. ConvDown (2x2, stride 2) and ZeroMLP (a
+linear layer that starts at zero) are the only new layers, shared by all sizes; until they are trained the result is
+that of plain resizing.
+
+Legend: B images, H x W base cells, T tokens, D channels, n patches of one size, p base patch side, f = side / p.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layout import DROPPED, PatchLayout
+
+MERGE_MODES = ("apt", "resizing", "random")
+
+
+class AdaptivePatchEmbed(nn.Module):
+    """Embed a packed batch of patches.
+
+    Args:
+        embed_dim: D.
+        merge: "apt" (the formula above); "resizing" (without ConvDown and ZeroMLP: the paper's baseline); "random"
+            (base patches only, for layouts made with ``drop_at_random``: the paper's other baseline).
+    """
+
+    def __init__(self, embed_dim: int, merge: str = "apt"):
+        super().__init__()
+        if merge not in MERGE_MODES:
+            raise ValueError(f"unknown merge mode {merge!r}; choose one of {', '.join(MERGE_MODES)}")
+        self.merge = merge
+        if merge == "apt":
+            self.conv_down = nn.Conv2d(embed_dim, embed_dim, kernel_size=2, stride=2)
+            self.zero_mlp = nn.Linear(embed_dim, embed_dim)
+            nn.init.zeros_(self.zero_mlp.weight)
+            nn.init.zeros_(self.zero_mlp.bias)
+
+    def forward(self, images: Tensor, layout: PatchLayout, proj: nn.Conv2d, positions: Tensor | None) -> Tensor:
+        """Tokens (T, D); zeros for prefix tokens.
+
+        Args:
+            images: normalised images (B, 3, H * p, W * p).
+            layout: the batch's layout.
+            proj: E, a convolution whose kernel and stride are p.
+            positions: absolute positions (1, D, H', W') of the base cells, H' >= H and W' >= W, or None.
+                Those of a larger patch are resampled from them to its size's grid (bicubic, antialiased).
+        """
+        cells_BDHW = proj(images)
+        tokens_TD = layout.from_map(cells_BDHW)
+        for size, index in layout.sizes.items():
+            if size != layout.patch_size:
+                merged = self._merged(images, cells_BDHW, layout, proj, size)
+                tokens_TD = tokens_TD.index_copy(0, index, merged.to(tokens_TD.dtype))
+        return tokens_TD if positions is None else tokens_TD + _positions(layout, positions)
+
+    def _merged(self, images: Tensor, cells_BDHW: Tensor, layout: PatchLayout, proj: nn.Conv2d, size: int) -> Tensor:
+        """(n, D) of all patches of one size. Nothing here depends on n: with n = 0 empty tensors flow through, so
+        that the new layers stay in the graph, as distributed training needs."""
+        factor = size // layout.patch_size
+        image, row, column = (x[layout.sizes[size]] for x in (layout.image_T, layout.row_T, layout.column_T))
+        height, width = (side // size for side in images.shape[2:])
+        blocks = images[:, :, : height * size, : width * size].unflatten(2, (height, size)).unflatten(4, (width, size))
+        pixels = blocks[image, :, row // factor, :, column // factor]
+        pixels = F.interpolate(pixels, size=proj.kernel_size, mode="bilinear", align_corners=False)
+        merged = F.linear(pixels.flatten(1), proj.weight.flatten(1), proj.bias)
+        if self.merge == "apt":
+            step = torch.arange(factor, device=row.device)
+            rows, columns = row[:, None, None] + step[:, None], column[:, None, None] + step
+            detail = cells_BDHW.permute(0, 2, 3, 1)[image[:, None, None], rows, columns].permute(0, 3, 1, 2)
+            while detail.shape[-1] > 1:
+                detail = self.conv_down(detail)
+            merged = merged + self.zero_mlp(detail.flatten(1))
+        return merged
+
+
+def drop_at_random(sides_BHW: Tensor, patch_size: int) -> Tensor:
+    """The paper's random baseline: per image as many base patches as the selection has patches, the rest dropped.
+
+    Which cells go first is a fixed random order per grid shape, so that a result does not depend on the batch, the
+    device or the state of a generator. Build the layout with ``fill_dropped=True``.
+
+    Args:
+        sides_BHW: a selection, as ``select_patches`` gives.
+        patch_size: side of the base patch in pixels.
+
+    Returns:
+        sides_BHW with ``patch_size`` where a cell is kept and 0 where it is dropped.
+    """
+    height, width = sides_BHW.shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    order_HW = torch.randperm(height * width, generator=generator).view(height, width).to(sides_BHW.device)
+    num_patches_B = (patch_size / sides_BHW).square().sum((1, 2)).round()  # a patch of n cells counts n times 1 / n
+    kept_BHW = order_HW < num_patches_B[:, None, None]
+    kept_sides_BHW = sides_BHW.clamp(max=patch_size)  # leaves the mark of images that are not finite
+    return kept_sides_BHW.where(kept_BHW | (sides_BHW < 0), DROPPED)
+
+
+def _positions(layout: PatchLayout, positions: Tensor) -> Tensor:
+    """Every token's absolute position (T, D); zeros for prefix tokens."""
+    height, width = layout.grid
+    base = positions[0, :, :height, :width].permute(1, 2, 0)
+    out_TD = base[layout.row_T, layout.column_T]
+    if layout.num_prefix:
+        out_TD = out_TD.masked_fill((layout.side_T == 0)[:, None], 0)
+    for size, index in layout.sizes.items():
+        if size == layout.patch_size:
+            continue
+        factor = size // layout.patch_size
+        coarse = tuple(side // factor for side in positions.shape[2:])
+        covered = positions[:, :, : coarse[0] * factor, : coarse[1] * factor]
+        coarse_HWD = F.interpolate(covered, size=coarse, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+        at_tokens = coarse_HWD[layout.row_T[index] // factor, layout.column_T[index] // factor]
+        out_TD = out_TD.index_copy(0, index, at_tokens)
+    return out_TD
