@@ -131,15 +131,7 @@ def _grey(images: Tensor) -> Tensor:
 
 def _entropy(images: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
     """Histograms of the smallest size from one pass over the pixels; each larger size sums 2x2 histograms."""
-    size = sizes[0]
-    batch, rows, columns = images.shape[0], images.shape[2] // size, images.shape[3] // size
-    grey = _grey(images[:, :, : rows * size, : columns * size])
-    # NaN pixels are reported by the caller; here they must only not index outside the histogram.
-    bins = grey.mul_(NUM_BINS / 256).nan_to_num_(0).to(torch.int64).clamp_(max=NUM_BINS - 1)
-    patch = torch.arange(batch * rows * columns, device=images.device).view(batch, rows, 1, columns, 1)
-    bins.view(batch, rows, size, columns, size).add_(patch * NUM_BINS)
-    counts = _count(bins.flatten(), batch * rows * columns * NUM_BINS).view(batch, rows, columns, NUM_BINS)
-
+    counts = _histograms(images, sizes[0])
     scores = []
     for size in sizes:
         # log2(n) - sum(c log2 c) / n in float64, rounded once: the same float32 on every device, and exact
@@ -149,26 +141,34 @@ def _entropy(images: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
         count_log_count = torch.special.xlogy(possible, possible).div_(math.log(2))
         entropy = math.log2(area) - count_log_count[counts].sum(-1) / area
         scores.append(entropy.clamp_(min=0).float())
-        rows, columns = rows // 2, columns // 2
+        rows, columns = counts.shape[1] // 2, counts.shape[2] // 2
         counts = counts[:, : rows * 2, : columns * 2].unflatten(1, (rows, 2)).unflatten(3, (columns, 2)).sum((2, 4))
     return scores
 
 
-def _count(bins: Tensor, num_bins: int) -> Tensor:
-    """How often each bin occurs (num_bins,); on a GPU without bincount's wait for the largest value."""
+def _histograms(images: Tensor, size: int) -> Tensor:
+    """Counts of grey values per patch that lies inside: (B, H // size, W // size, NUM_BINS)."""
+    batch, rows, columns = images.shape[0], images.shape[2] // size, images.shape[3] // size
+    grey = _grey(images[:, :, : rows * size, : columns * size])
+    # NaN pixels are reported by the caller; here they must only not index outside the histogram.
+    bins = grey.mul_(NUM_BINS / 256).nan_to_num_(0).to(torch.int64).clamp_(max=NUM_BINS - 1)
+    patch = torch.arange(batch * rows * columns, device=images.device).view(batch, rows, 1, columns, 1)
+    bins.view(batch, rows, size, columns, size).add_(patch * NUM_BINS)
+    bins, num_bins = bins.flatten(), batch * rows * columns * NUM_BINS
     if bins.device.type == "cpu":
-        return torch.bincount(bins, minlength=num_bins).to(torch.int32)
-    counts = torch.zeros(num_bins, dtype=torch.int32, device=bins.device)
-    return counts.scatter_add_(0, bins, torch.ones((), dtype=torch.int32, device=bins.device).expand_as(bins))
+        counts = torch.bincount(bins, minlength=num_bins)
+    else:  # bincount waits for the largest value on a GPU
+        one = torch.ones((), dtype=torch.int64, device=bins.device)
+        counts = torch.zeros(num_bins, dtype=torch.int64, device=bins.device).scatter_add_(0, bins, one.expand_as(bins))
+    return counts.view(batch, rows, columns, NUM_BINS)
 
 
 def _laplacian(images: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    grey = _grey(images)[:, None] / 255
-    kernel = torch.full((1, 1, 3, 3), -1.0, device=images.device)
-    kernel[0, 0, 1, 1] = 8.0
-    height, width = grey.shape[2:]
-    mode = "reflect" if min(height, width) > 1 else "replicate"  # one pixel has nothing to reflect
-    detail = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode=mode), kernel)[:, 0].abs()
+    grey = _grey(images).div_(255)[:, None]
+    mode = "reflect" if min(images.shape[2:]) > 1 else "replicate"  # a single row has nothing to reflect
+    neighbourhood = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode=mode), kernel_size=3, stride=1)
+    # 8 x - (sum of the 8 neighbours) = 9 (x - mean of the 3 x 3)
+    detail = grey.sub_(neighbourhood).mul_(9).abs_()[:, 0]
     return _patch_means(detail, sizes)
 
 
@@ -178,9 +178,11 @@ def _upsample_mse(images: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
         if min(images.shape[2:]) < size:  # no patch of this size lies inside
             scores.append(images.new_zeros(images.shape[0], images.shape[2] // size, images.shape[3] // size))
             continue
-        small = F.interpolate(images, scale_factor=sizes[0] / (2 * size), mode="bilinear", align_corners=False)
-        error = F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False)
-        error = error.sub_(images).square_().mean(1).div_(255**2)
+        error = torch.zeros_like(images[:, 0])
+        for channel in images.split(1, dim=1):  # one at a time keeps the scratch small
+            small = F.interpolate(channel, scale_factor=sizes[0] / (2 * size), mode="bilinear", align_corners=False)
+            restored = F.interpolate(small, size=images.shape[2:], mode="bilinear", align_corners=False)
+            error.add_(restored.sub_(channel).div_(255).square_()[:, 0], alpha=1 / 3)
         scores.extend(_patch_means(error, (size,)))
     return scores
 
@@ -191,7 +193,7 @@ def _patch_means(detail: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
     for size in sizes:
         rows, columns = detail.shape[1] // size, detail.shape[2] // size
         inside = detail[:, : rows * size, : columns * size]
-        means.append(inside.reshape(-1, rows, size, columns, size).mean((2, 4)))
+        means.append(inside.unflatten(1, (rows, size)).unflatten(3, (columns, size)).mean((2, 4)))
     return means
 
 

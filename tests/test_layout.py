@@ -1,0 +1,173 @@
+"""Packing: exact cover, contiguous windows, and maps that come back as they went in (properties, by hypothesis)."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apt_backbones import PatchLayout, score_patches, select_patches
+
+
+@st.composite
+def layouts(draw, most_prefix=0):
+    """A selection on images with smooth and busy areas, and the layout built from it."""
+    patch = 4
+    levels = draw(st.integers(0, 2))
+    sizes = tuple(patch << (level + 1) for level in range(levels))
+    largest = (1 << levels) * patch
+    height, width = draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    batch = draw(st.integers(1, 3))
+    prefix = draw(st.integers(0, most_prefix))
+    window = None if prefix else draw(st.sampled_from([None, largest // patch, 2 * largest // patch]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    busy = torch.rand(batch, 1, -(-height // 8), -(-width // 8), generator=generator) < draw(st.floats(0, 1))
+    noise = torch.rand(batch, 3, height, width, generator=generator) * 255
+    images = noise * busy.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :height, :width]
+    if sizes:
+        thresholds = {size: draw(st.sampled_from([0.0, 1.0, 3.0, float("inf")])) for size in sizes}
+        sides = select_patches(score_patches(images, sizes), thresholds, patch, (height, width))
+    else:
+        sides = torch.full((batch, -(-height // patch), -(-width // patch)), patch)
+    return PatchLayout.build(sides, patch, sizes, window, prefix), sides
+
+
+@given(layouts(most_prefix=2))
+def test_every_cell_is_covered_exactly_once(case):
+    layout, sides = case
+    covered = torch.zeros_like(sides)
+    for image, row, column, side in zip(layout.image_T, layout.row_T, layout.column_T, layout.side_T):
+        cells = int(side) // layout.patch_size
+        if cells:
+            area = (image, slice(row, row + cells), slice(column, column + cells))
+            assert sides[area].shape == (cells, cells), "no patch sticks out"
+            assert (sides[area] == side).all()
+            covered[area] += 1
+    assert (covered == 1).all()
+    assert layout.num_empty == 0
+
+
+@given(layouts())
+def test_tokens_are_ordered_by_image_window_row_column(case):
+    layout, _ = case
+    window = layout.window or 10**6
+    keys = list(
+        zip(
+            layout.image_T.tolist(),
+            (layout.row_T // window).tolist(),
+            (layout.column_T // window).tolist(),
+            layout.row_T.tolist(),
+            layout.column_T.tolist(),
+        )
+    )
+    assert keys == sorted(set(keys))
+
+
+@given(layouts(most_prefix=2))
+def test_segments_are_the_contiguous_runs_of_images_and_windows(case):
+    layout, sides = case
+    window = layout.window or 10**6
+    columns = -(-sides.shape[2] // window)
+    window_T = layout.row_T // window * columns + layout.column_T // window
+    for segments, same in (
+        (layout.images, [layout.image_T]),
+        (layout.windows, [layout.image_T, window_T] if layout.window else [layout.image_T]),
+    ):
+        assert segments.cu_seqlens.tolist() == [0, *torch.tensor(segments.lengths).cumsum(0).tolist()]
+        assert segments.cu_seqlens.dtype == torch.int32
+        assert segments.max_length == max(segments.lengths) and sum(segments.lengths) == layout.num_tokens
+        owners = [
+            {tuple(int(x[t]) for x in same) for t in range(start, end)}
+            for start, end in zip(segments.cu_seqlens[:-1], segments.cu_seqlens[1:])
+        ]
+        assert all(len(owner) <= 1 for owner in owners), "one image and window per segment"
+        assert len(set.union(*owners)) == sum(map(len, owners)), "one segment per image and window"
+
+
+@given(layouts(most_prefix=2))
+def test_maps_constant_on_each_patch_survive_the_round_trip(case):
+    layout, sides = case
+    tokens = torch.randn(layout.num_tokens, 3)
+    tokens[layout.side_T == 0] = 0
+    feature_map = layout.to_map(tokens)
+    assert feature_map.shape == (len(sides), 3, *sides.shape[1:])
+    assert torch.equal(layout.from_map(feature_map), tokens)
+    assert torch.equal(layout.to_map(layout.from_map(feature_map)), feature_map)
+    assert torch.equal(layout.side_T[layout.token_BHW], sides)
+
+
+@given(layouts(most_prefix=2))
+def test_a_batch_is_its_images_one_after_the_other(case):
+    layout, sides = case
+    tokens = torch.arange(layout.num_tokens)[:, None]
+    sizes = tuple(layout.sizes)[1:]
+    for image, part in enumerate(layout.split(tokens)):
+        alone = PatchLayout.build(sides[image : image + 1], layout.patch_size, sizes, layout.window, layout.num_prefix)
+        assert alone.num_patches == (len(part),) == layout.num_patches[image : image + 1]
+        for name in ("row_T", "column_T", "side_T"):
+            assert torch.equal(getattr(alone, name)[alone.num_prefix :], getattr(layout, name)[part[:, 0]])
+
+
+@given(layouts(most_prefix=2))
+def test_sizes_index_the_tokens_of_each_size(case):
+    layout, _ = case
+    for size, index in layout.sizes.items():
+        assert sorted(index.tolist()) == (layout.side_T == size).nonzero()[:, 0].tolist()
+
+
+def test_to_map_is_differentiable_and_sums_over_repeated_cells():
+    sides = torch.full((1, 2, 4), 16)
+    sides[0, :, :2] = 32
+    layout = PatchLayout.build(sides, 16, (32,))
+    tokens = torch.randn(layout.num_tokens, 2, requires_grad=True)
+    layout.to_map(tokens).sum().backward()
+    assert tokens.grad[:, 0].tolist() == [4, 1, 1, 1, 1]
+
+
+def test_the_last_windows_of_a_ragged_grid_are_smaller():
+    layout = PatchLayout.dense(1, (3, 5), 16, window=2)
+    assert layout.windows.lengths == (4, 4, 2, 2, 2, 1)
+
+
+def test_dropped_cells_are_zero_or_repeat_the_token_before_them():
+    sides = torch.tensor([[[0, 16, 0], [16, 0, 0]]])
+    tokens = torch.tensor([[1.0], [2.0]])
+    empty = PatchLayout.build(sides, 16)
+    assert empty.to_map(tokens)[0, 0].tolist() == [[0, 1, 0], [2, 0, 0]]
+    filled = PatchLayout.build(sides, 16, fill_dropped=True)
+    assert filled.to_map(tokens)[0, 0].tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_dropped_windows_have_no_tokens():
+    sides = torch.full((1, 2, 4), 16)
+    sides[:, :, :2] = 0
+    layout = PatchLayout.build(sides, 16, window=2)
+    assert layout.windows.lengths == (0, 4)
+    assert layout.to_map(torch.ones(4, 1))[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_dense_layouts_are_built_once_per_shape():
+    assert PatchLayout.dense(2, (4, 6), 16, window=2) is PatchLayout.dense(2, (4, 6), 16, window=2)
+
+
+def test_a_window_that_the_largest_patch_does_not_divide_is_refused():
+    sides = torch.full((1, 4, 4), 16)
+    with pytest.raises(ValueError, match=r"3 cells \(48 pixels\) is no multiple of the largest patch, 32 pixels"):
+        PatchLayout.build(sides, 16, (32,), window=3)
+
+
+def test_prefix_tokens_in_windows_are_refused():
+    with pytest.raises(ValueError, match="prefix tokens belong to no window"):
+        PatchLayout.dense(1, (4, 4), 16, window=2, num_prefix=1)
+
+
+def test_sides_that_were_not_announced_are_refused():
+    with pytest.raises(ValueError, match=r"sides other than \(16,\)"):
+        PatchLayout.build(torch.full((1, 2, 2), 32), 16)
+
+
+def test_images_that_are_not_finite_are_refused_by_their_index():
+    images = torch.rand(3, 3, 64, 64) * 255
+    images[1, 0, 3, 3] = float("nan")
+    sides = select_patches(score_patches(images, (32,)), {32: 2.0}, 16, (64, 64))
+    with pytest.raises(ValueError, match=r"images \[1\] of the batch have NaN or infinite pixels"):
+        PatchLayout.build(sides, 16, (32,))
