@@ -18,6 +18,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -315,7 +316,7 @@ def ask_positions(objects, width, height):
 
 
 def balanced_questions(images, annotations, split, seed):
-    """LLaVA records, for each template about as many of one answer as of another (exactly, where there are two)."""
+    """LLaVA records; within a template no answer is more frequent than the median one: of yes and no, equally many."""
     per_image = defaultdict(list)
     for annotation in annotations:
         per_image[annotation["image_id"]].append(annotation)
@@ -332,8 +333,7 @@ def balanced_questions(images, annotations, split, seed):
         if not answers:
             continue
         quota = QUESTIONS_PER_TYPE * len(images) / families[kind] / len(answers)
-        rarest = min(map(len, answers.values()))
-        limit = math.ceil(min(quota, rarest if len(answers) == 2 else 2 * rarest))
+        limit = math.ceil(min(quota, statistics.median_low(map(len, answers.values()))))
         for answer, questions in sorted(answers.items()):
             for i in rng.permutation(len(questions))[:limit]:
                 chosen.append((*questions[i], answer, kind))
