@@ -1,14 +1,18 @@
 """Checkpoints: safe reading, conversion of the original EVA-02 names to ours, and loading without silent gaps."""
 
+import math
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -16,6 +20,11 @@ from .freeze import is_new
 
 # Names that training code wraps weights in, in the order in which they are looked for.
 _WRAPPERS = ("model_ema", "model", "module", "state_dict")
+
+# What pretrained trunks hold beside the network that detection and segmentation start from.
+_PRETRAINING_ONLY = r"(mask_token|lm_head|norm|fc_norm|head|rope)\b"
+
+_DTYPES = ("int32", "int64", "uint32", "float32", "float64")  # of numpy arrays and scalars in training checkpoints
 
 # Original name -> our name, first match wins; None drops the entry (buffers that we compute). A name that matches
 # no rule is an error. "trunk." marks what timm's own filter then renames.
@@ -42,19 +51,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, is damaged, holds no weights, or needs code to be executed to be read.
     """
+    return weights_of(read_file(path, mmap=True), path)
+
+
+def read_file(path: str | Path, mmap: bool = False) -> object:
+    """All that a .safetensors or PyTorch file holds: tensors, plain Python values, and mmengine's log history.
+
+    Args:
+        path: the file.
+        mmap: leave tensors on the disk until they are used; the file must then stay as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_checkpoint``.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_harmless_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{path} cannot be read safely as weights ({reason}); "
+            f"{path} cannot be read safely as weights ({_reason(error)}); "
             "save its state_dict with torch.save or safetensors and use that file"
         ) from error
+
+
+def weights_of(content: object, path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file's content, as ``read_checkpoint`` gives them."""
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -62,6 +88,41 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not weights:
         raise ValueError(f"{path} holds no weights")
     return weights
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without torch's advice to execute it nevertheless."""
+    if match := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+        return f"it would execute {match[1]}"
+    match = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return match[1] if match else str(error).splitlines()[0]
+
+
+def _harmless_globals() -> list[tuple[object, str]]:
+    """What mmengine's training checkpoints hold beside tensors and plain values: numpy arrays of logged scalars."""
+    try:
+        from mmengine.logging import HistoryBuffer
+    except ImportError:
+        return []
+
+    def statistic(owner: object, name: str) -> object:
+        """Stands in for ``getattr``, by which a log history names its statistics."""
+        if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
+            raise pickle.UnpicklingError(f"it would read the attribute {name!r} of {owner!r}")
+        return getattr(owner, name)
+
+    HistoryBuffer()._set_default_statistics()
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    harmless = [
+        (HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
+        (statistic, "builtins.getattr"),
+        (np.ndarray, "numpy.ndarray"),
+        (np.dtype, "numpy.dtype"),
+    ]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
+        harmless += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    # Unpickling gives a dtype its class, which torch asks for by itself.
+    return harmless + [(type(np.dtype(name)), f"numpy.dtypes.{type(np.dtype(name)).__name__}") for name in _DTYPES]
 
 
 def convert_eva02(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -119,15 +180,43 @@ def load_converted(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state_dict, strict=False)
 
 
-def _timm_names(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's filter also resamples positions and patches to a model; given none, it only renames."""
+def load_pretrained(trunk: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Start a trunk from EVA-02's masked-image pretraining, as the original fine-tuning does.
+
+    Args:
+        trunk: an ``APTEva02``.
+        state_dict: BAAI's ``eva02_*_pt_*`` files, timm's weights of the same networks (patch embedding and positions
+            are resampled to the trunk's), or a whole model of ours, of which the backbone is taken.
+
+    Raises:
+        ValueError: names are missing or unknown, or shapes differ; the message lists them.
+    """
+    of_backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    weights = _timm_names(of_backbone or state_dict, trunk.patch_embed.proj.weight)
+    weights = {k: v for k, v in weights.items() if not re.match(_PRETRAINING_ONLY, k)}
+    if "pos_embed" in weights:
+        positions, grid = weights["pos_embed"], trunk.pretrain_grid
+        has_cls_token = math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]
+        positions = resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=int(has_cls_token))
+        if has_cls_token and not trunk.num_prefix:
+            positions = positions[:, 1:]
+        weights["pos_embed"] = positions
+    if not trunk.num_prefix:
+        weights.pop("cls_token", None)
+    load_converted(trunk, weights)
+
+
+def _timm_names(trunk: Mapping[str, Tensor], patches: Tensor | None = None) -> dict[str, Tensor]:
+    """timm's names for the weights of a trunk, which may be incomplete; patches of another size than ``patches`` are
+    resampled to it."""
     if not trunk:
         return {}
-    patches = trunk.get("patch_embed.proj.weight", torch.empty(0, 0, 0, 0))
-    no_model = SimpleNamespace(patch_embed=SimpleNamespace(proj=SimpleNamespace(weight=patches)), pos_embed=None)
-    # It looks at this name to tell separate from fused projections; a part of a checkpoint may lack it.
+    if patches is None:
+        patches = trunk.get("patch_embed.proj.weight", torch.empty(0, 0, 0, 0))
+    model = SimpleNamespace(patch_embed=SimpleNamespace(proj=SimpleNamespace(weight=patches)), pos_embed=None)
+    # The filter looks at this name to tell separate from fused projections.
     marker = "blocks.0.attn.q_proj.weight"
-    renamed = checkpoint_filter_fn({marker: None, **trunk}, no_model)
+    renamed = checkpoint_filter_fn({marker: None, **trunk}, model)
     return {name: tensor for name, tensor in renamed.items() if tensor is not None}
 
 

@@ -1,5 +1,9 @@
 """What the OpenMMLab toolboxes see, in mmengine's root registry; ``det`` and ``seg`` add what needs theirs."""
 
 from .backbone import APTEva02
+from .hooks import TokenCountHook
+from .optimizer import LayerDecayOptimWrapperConstructor
+from .runner import APTRunner
+from .short_finetune import ShortFinetune
 
-__all__ = ["APTEva02"]
+__all__ = ["APTEva02", "APTRunner", "LayerDecayOptimWrapperConstructor", "ShortFinetune", "TokenCountHook"]

@@ -1,0 +1,33 @@
+"""mmengine's runner, with checkpoints that are read without executing them and that must fit the model."""
+
+from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from ..checkpoint import load_converted, read_file, weights_of
+
+
+@RUNNERS.register_module()
+class APTRunner(Runner):
+    """What changes: ``load_from``, ``resume`` and tests read checkpoints safely and load them strictly.
+
+    mmengine executes what a checkpoint pickles and only warns of weights that are missing or of another shape. Here
+    such a file is refused, and only ConvDown and ZeroMLP may be missing. .safetensors files are read, too. Configs
+    choose this class with ``runner_type = "APTRunner"``.
+    """
+
+    def load_checkpoint(self, filename: str, map_location: str = "cpu", **kwargs) -> dict:
+        """Load weights into the model; arguments beyond the file are accepted for mmengine's sake and not needed.
+
+        Returns:
+            The checkpoint's content, from which mmengine resumes.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``read_checkpoint`` and ``load_converted``.
+        """
+        content = read_file(filename)
+        self.call_hook("after_load_checkpoint", checkpoint=content)
+        load_converted(self.model.module if is_model_wrapper(self.model) else self.model, weights_of(content, filename))
+        self._has_loaded = True
+        self.logger.info(f"Load checkpoint from {filename}")
+        return content
