@@ -4,14 +4,22 @@ Reading order: scores, layout, embed, attention, rotary, eva02. ``apt_backbones.
 OpenMMLab toolboxes; nothing here needs them.
 """
 
+from importlib import import_module
+
 from .attention import varlen_attention
-from .checkpoint import convert_eva02, load_converted, read_checkpoint
 from .embed import AdaptivePatchEmbed, drop_at_random
-from .eva02 import APTEva02
 from .freeze import freeze_host
 from .layout import PatchLayout, Segments
 from .rotary import apply_rotary, rotary_tables
 from .scores import score_patches, select_patches
+
+# These modules import timm, which takes seconds; whoever needs only the rest does not wait for it.
+_NEEDS_TIMM = {
+    "APTEva02": "eva02",
+    "convert_eva02": "checkpoint",
+    "load_converted": "checkpoint",
+    "read_checkpoint": "checkpoint",
+}
 
 __all__ = [
     "APTEva02",
@@ -29,3 +37,9 @@ __all__ = [
     "select_patches",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str):
+    if name in _NEEDS_TIMM:
+        return getattr(import_module(f".{_NEEDS_TIMM[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Scores and selection: equal to the authors' code on photographs, and clear about bad input."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -183,7 +184,8 @@ for scorer in SCORERS:
     score_patches(images, (32, 64, 128), scorer)
     print(scorer, memory("VmHWM") - before)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back to the system at once
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     scratch = dict(line.split() for line in run.stdout.splitlines())
     assert scratch.keys() == SCORERS.keys()
-    assert all(10 < float(megabytes) <= 64 for megabytes in scratch.values()), scratch
+    assert all(15 < float(megabytes) <= 64 for megabytes in scratch.values()), scratch

@@ -1,0 +1,59 @@
+"""Reading users' image files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB, turned as its EXIF orientation says; transparency is laid over white.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"no image at {path}") from error
+        raise ValueError(f"{path} is not a readable image ({error})") from error
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: keep the value range instead of clipping it
+        values = np.asarray(image, dtype=np.float64)
+        scale = 257.0 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> float tensor (1, 3, H, W) in 0..255, as ``score_patches`` takes it."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+
+
+def find_images(paths: list[str]) -> list[Path]:
+    """Image files among the paths and, recursively, in the folders among them; sorted within each folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or no image was found.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"no file or folder {path}")
+    if not found:
+        raise FileNotFoundError(f"no images in {', '.join(paths)}")
+    return found
