@@ -1,0 +1,100 @@
+"""LLaVA's image processor plus the patch layout, scored once, in float32, on the pixels that are handed on."""
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+from .patches import check_modes, denormalise, patch_sides, resolve_thresholds
+
+MAX_ASPECT_RATIO = 50  # the longer side after resizing the shorter one, before the crop, in units of the shorter
+
+
+class LlavaAptImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    patch_size (`int`): side of the base patch in pixels.
+    thresholds, scorer, merge: as in `AptClipVisionConfig`; give model and processor the same.
+    """
+
+    patch_size: int
+    thresholds: dict | None
+    scorer: str
+    merge: str
+
+
+class LlavaAptImageProcessor(LlavaImageProcessor):
+    """``LlavaImageProcessor`` that also returns ``patch_sides`` (B, H, W): the side in pixels of the patch that covers
+    each base cell. Images are turned upright by their EXIF tag, and 16-bit images scaled to 8 bits."""
+
+    valid_kwargs = LlavaAptImageProcessorKwargs
+    model_input_names = ["pixel_values", "patch_sides"]
+    size = {"shortest_edge": 336}
+    crop_size = {"height": 336, "width": 336}
+    patch_size = 14
+    thresholds = None
+    scorer = "entropy"
+    merge = "apt"
+
+    def process_image(self, image, **kwargs) -> Tensor:
+        if isinstance(image, Image.Image):
+            image = eight_bits(ImageOps.exif_transpose(image))
+        return super().process_image(image, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[Tensor],
+        do_rescale: bool,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        do_pad: bool | None,
+        patch_size: int,
+        thresholds: dict | None,
+        scorer: str,
+        merge: str,
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        check_modes(scorer, merge)
+        thresholds = resolve_thresholds(thresholds, patch_size)
+        for image in images:
+            shorter, longer = sorted(image.shape[-2:])
+            if not do_pad and longer > MAX_ASPECT_RATIO * shorter:
+                raise ValueError(
+                    f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too narrow to crop; pass do_pad=True"
+                )
+        in_unit_range = do_rescale or images[0].is_floating_point()
+        features = super()._preprocess(
+            images,
+            do_rescale=do_rescale,
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            do_pad=do_pad,
+            return_tensors=None,
+            **kwargs,
+        )
+        if len({image.shape for image in features["pixel_values"]}) > 1:
+            raise ValueError("images have several sizes after processing; leave do_center_crop or do_pad on")
+        pixels = torch.stack(list(features["pixel_values"])).float()
+        if do_normalize:
+            pixels = denormalise(pixels, image_mean, image_std)
+        if in_unit_range:
+            pixels = 255 * pixels
+        features["patch_sides"] = list(patch_sides(pixels, thresholds, patch_size, scorer, merge))
+        return BatchFeature(features.data, tensor_type=return_tensors)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey images with their upper 8 bits; PIL's conversion to RGB would clip them at 255.
+
+    Raises:
+        ValueError: a floating point image, whose range is unknown.
+    """
+    if image.mode == "F":
+        raise ValueError("floating point images have no known range; convert the image to 8 bits first")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value / 256).convert("L")
+    return image

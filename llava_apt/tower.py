@@ -1,0 +1,144 @@
+"""CLIP's vision tower on packed patches of several sizes (APT, arXiv 2510.18091, sections 3 and 4.3).
+
+Legend: B images, H x W base cells, T tokens of the whole batch with one CLS token heading each image, D channels,
+N heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, initialization
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from apt_backbones import AdaptivePatchEmbed, PatchLayout, varlen_attention
+from apt_backbones.layout import Segments
+
+from .configuration import AptClipVisionConfig
+from .patches import denormalise, patch_sides
+
+PACKED_ATTENTION = "apt_packed"
+
+
+def packed_attention(
+    module: nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, attention_mask, *, segments: Segments, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over ``varlen_attention``: every token sees the tokens of its own image."""
+    q_TNH, k_TNH, v_TNH = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
+    out_TNH = varlen_attention(q_TNH, k_TNH, v_TNH, segments.cu_seqlens, segments.max_length, segments.lengths)
+    return out_TNH[None], None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+@dataclass
+class PackedVisionOutput(BaseModelOutputWithPooling):
+    """Hidden states are packed (1, T, D); ``pooler_output`` is the CLS tokens' (B, D); ``layout`` says whose they are.
+
+    ``LlavaAptModel.get_image_features`` puts the projected tokens of each image, a list of (n_i, D), in
+    ``pooler_output``, as transformers' LLaVA does.
+    """
+
+    layout: PatchLayout | None = None
+
+
+class AptClipVisionModel(CLIPVisionModel):
+    """``CLIPVisionModel``; what changes: the patch embedding is adaptive, and all images of a batch are one packed
+    sequence in raster order. The encoder layers are CLIP's, untouched, under their names."""
+
+    config: AptClipVisionConfig
+
+    def __init__(self, config: AptClipVisionConfig):
+        if config.attention_dropout:
+            raise ValueError("packed attention has no dropout; set vision_config.attention_dropout to 0")
+        super().__init__(config)
+        # A dense tower merges nothing, so it has no new layers: "resizing" has none.
+        self.adaptive_embed = AdaptivePatchEmbed(config.hidden_size, config.merge if config.thresholds else "resizing")
+        self.post_init()
+
+    def get_correct_attn_implementation(self, *args, **kwargs) -> str:
+        """Packed attention, whatever was asked of the language model; it chooses its own kernel."""
+        return PACKED_ATTENTION
+
+    def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
+        return PACKED_ATTENTION
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers would fill both new layers with its normal distribution. CLIP's own __init__ comes here, too.
+        new_layers = dict(self.adaptive_embed.named_children()) if hasattr(self, "adaptive_embed") else {}
+        if module is new_layers.get("conv_down"):
+            initialization.kaiming_uniform_(module.weight, a=5**0.5)  # nn.Conv2d's own
+            initialization.zeros_(module.bias)
+        elif module is new_layers.get("zero_mlp"):
+            initialization.zeros_(module.weight)
+            initialization.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, patch_sides: Tensor | None = None, **kwargs) -> PackedVisionOutput:
+        """
+        Args:
+            pixel_values: normalised images (B, 3, image_size, image_size).
+            patch_sides: (B, H, W) side in pixels of the patch over each base cell, as the processor hands it on.
+                If it is None, the tower scores the pixels itself, in float32; from half-precision pixels the
+                result can differ from the processor's.
+
+        Raises:
+            ValueError: wrong image size, or a layout of other images or with sizes that the tower does not know.
+        """
+        image_size = self.config.image_size
+        if tuple(pixel_values.shape[1:]) != (3, image_size, image_size):
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; the vision tower takes (B, 3, {image_size}, "
+                f"{image_size}): set the image processor's size and crop_size"
+            )
+        layout = self._layout(pixel_values, patch_sides)
+        pixel_values = pixel_values.to(self.dtype)
+        x_TD = self.adaptive_embed(pixel_values, layout, self.embeddings.patch_embedding, self._positions())
+        class_embedding = self.embeddings.class_embedding + self.embeddings.position_embedding.weight[0]
+        x_TD = torch.where((layout.side_T == 0)[:, None], class_embedding.to(x_TD.dtype), x_TD)
+        x_1TD = self.pre_layrnorm(x_TD[None])
+        x_1TD = self.encoder(inputs_embeds=x_1TD, segments=layout.images, **kwargs).last_hidden_state
+        class_BD = self.post_layernorm(x_1TD[0, layout.images.cu_seqlens[:-1].long()])
+        return PackedVisionOutput(last_hidden_state=x_1TD, pooler_output=class_BD, layout=layout)
+
+    def _layout(self, pixel_values: Tensor, sides_BHW: Tensor | None) -> PatchLayout:
+        config = self.config
+        grid = (config.image_size // config.patch_size,) * 2
+        if not config.thresholds and sides_BHW is None:
+            return PatchLayout.dense(len(pixel_values), grid, config.patch_size, num_prefix=1, device=self.device)
+        if sides_BHW is None:
+            pixels = 255 * denormalise(pixel_values, config.image_mean, config.image_std)
+            sides_BHW = patch_sides(pixels, config.thresholds, config.patch_size, config.scorer, config.merge)
+        if tuple(sides_BHW.shape) != (len(pixel_values), *grid):
+            raise ValueError(
+                f"patch_sides have shape {tuple(sides_BHW.shape)}, but {len(pixel_values)} images of {grid} patches "
+                f"were given: pass the processor's pixel_values and patch_sides together"
+            )
+        sizes = () if config.merge == "random" else tuple(config.thresholds)
+        try:
+            return PatchLayout.build(
+                sides_BHW.to(pixel_values.device).long(),
+                config.patch_size,
+                sizes,
+                num_prefix=1,
+                fill_dropped=config.merge == "random",
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: give the processor and the model the same thresholds and merge mode (the model has "
+                f"{config.thresholds}, {config.merge!r})"
+            ) from error
+
+    def _positions(self) -> Tensor:
+        """Absolute positions of the base cells (1, D, H, W)."""
+        positions_ND = self.embeddings.position_embedding.weight[1:]
+        side = self.config.image_size // self.config.patch_size
+        return positions_ND.unflatten(0, (side, side)).permute(2, 0, 1)[None]

@@ -1,0 +1,128 @@
+"""A LLaVA small enough for tests, random but complete: stock checkpoint in the hub's layout, tokenizer, images."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+SIDE, PATCH = 112, 14
+CELLS = (SIDE // PATCH) ** 2
+QUESTION = ["USER:", "ASSISTANT:", "what", "is", "this", "?"]
+WORDS = [*QUESTION, "a", "cat", "dog", "left", "right", "yes", "no", "one", "two"]
+PROMPT = "USER: <image> what is this ? ASSISTANT:"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return fast
+
+
+def stock_config() -> LlavaConfig:
+    tokens = tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=tokens.pad_token_id,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        image_seq_length=CELLS,
+    )
+
+
+def stock_model() -> LlavaForConditionalGeneration:
+    """Random weights, large enough that attention and positions matter."""
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(stock_config()).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def stock_processor() -> LlavaProcessor:
+    image_processor = LlavaImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return LlavaProcessor(
+        image_processor,
+        tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def save_hub_checkpoint(folder: Path) -> None:
+    """A stock model in the files and under the names of llava-hf/llava-1.5-7b-hf."""
+    model, processor = stock_model(), stock_processor()
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file({_hub_name(name): tensor for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    processor.save_pretrained(folder)
+    options = json.loads((folder / "processor_config.json").read_text())
+    image_options = options.pop("image_processor") | {"image_processor_type": "CLIPImageProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(options))
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_options))
+
+
+def _hub_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    for ours, hub in (
+        ("language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("vision_tower.", "vision_tower.vision_model."),
+    ):
+        if name.startswith(ours):
+            return hub + name.removeprefix(ours)
+    return name
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (160, 120), flat: float = 0.5) -> Image.Image:
+    """Noise, whose left part (a fraction ``flat`` of the width) is one colour: that part merges."""
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    pixels[:, : round(flat * size[0])] = torch.tensor([90, 120, 200])
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
