@@ -354,6 +354,19 @@ def balanced_questions(images, annotations, split, seed):
 # ------------------------------------------------------------------------------------------- the data set
 
 
+def for_each(items, function, workers, title):
+    """List of function(item), in order, with a progress bar; an error or Ctrl-C drops what has not begun."""
+    bar = functools.partial(track, description=title, total=len(items), console=Console(stderr=True))
+    if workers == 1:
+        return list(bar(map(function, items)))
+    # Ctrl-C is the parent's to handle.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        return list(bar(pool.map(function, items)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def make_photoshapes(destination, train=600, val=120, size=512, seed=0, workers=1):
     """Write the data set into a new folder; the same arguments give the same bytes, whatever ``workers`` is.
 
@@ -386,27 +399,23 @@ def make_photoshapes(destination, train=600, val=120, size=512, seed=0, workers=
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
         folder = Path(scratch) / "photoshapes"
-        # Ctrl-C is the parent's to handle; without a second worker no process is started.
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore) as pool:
-            map_scenes = pool.map if workers > 1 else map
-            for split, count in zip(SPLITS, (train, val)):
-                for kind in ("images", "annotations"):
-                    (folder / kind / split).mkdir(parents=True)
-                draw = functools.partial(write_scene, folder, split, seed=seed, size=size)
-                scenes = list(track(map_scenes(draw, range(1, count + 1)), split, count, console=Console(stderr=True)))
-                images = [image for image, _ in scenes]
-                annotations = [annotation for _, found in scenes for annotation in found]
-                coco = {
-                    "info": {"description": "PhotoShapes", "seed": seed},
-                    "categories": [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)],
-                    "images": images,
-                    "annotations": [{"id": i + 1, **annotation} for i, annotation in enumerate(annotations)],
-                }
-                questions = balanced_questions(images, annotations, split, seed)
-                (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
-                (folder / f"vqa_{split}.json").write_text(json.dumps(questions, indent=1))
-                made[split] = coco, questions
+        for split, count in zip(SPLITS, (train, val)):
+            for kind in ("images", "annotations"):
+                (folder / kind / split).mkdir(parents=True)
+            draw = functools.partial(write_scene, folder, split, seed=seed, size=size)
+            scenes = for_each(range(1, count + 1), draw, workers, title=split)
+            images = [image for image, _ in scenes]
+            annotations = [annotation for _, found in scenes for annotation in found]
+            coco = {
+                "info": {"description": "PhotoShapes", "seed": seed},
+                "categories": [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)],
+                "images": images,
+                "annotations": [{"id": i + 1, **annotation} for i, annotation in enumerate(annotations)],
+            }
+            questions = balanced_questions(images, annotations, split, seed)
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+            (folder / f"vqa_{split}.json").write_text(json.dumps(questions, indent=1))
+            made[split] = coco, questions
         os.replace(folder, destination)
     return made
 
