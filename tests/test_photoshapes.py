@@ -131,6 +131,13 @@ def load_questions(folder, split):
     return json.loads((folder / f"vqa_{split}.json").read_text())
 
 
+def named(name, objects):
+    """The only object that goes by a name such as "star" or "red star"."""
+    *colour, shape = name.split()
+    (only,) = [o for o in objects if o[0] == shape and colour in ([], [o[1]])]
+    return only
+
+
 def answer(question, objects):
     """Answer by reading the question; objects are (shape, colour, x, y) with centres relative to the image."""
     if match := re.fullmatch(r"How many (\w+) are there\?", question):
@@ -143,15 +150,14 @@ def answer(question, objects):
         (only,) = [o for o in objects if o[1] == match[1]]
         return only[0]
     if match := re.fullmatch(r"What colour is the (\w+)\?", question):
-        (only,) = [o for o in objects if o[0] == match[1]]
-        return only[1]
-    match = re.fullmatch(r"Is the (\w+) (?:in the )?(\w+) or (\w+) (?:half|of the (\w+)|the (\w+))\?", question)
-    (thing,) = [o for o in objects if o[0] == match[1]]
-    axis = 2 if match[2] == "left" else 3
-    reference, margin = 0.5, 0.1
-    if other := match[4] or match[5]:
-        (only,) = [o for o in objects if o[0] == other]
-        reference, margin = only[axis], 0.15
+        return named(match[1], objects)[1]
+    name = r"((?:\w+ )??\w+)"
+    match = re.fullmatch(rf"Is the {name} (?:in the )?(\w+) or (\w+) (?:half|(?:of )?the {name})\?", question)
+    axis = 2 if match[2] in ("left", "right") else 3
+    thing, margin = named(match[1], objects), 0.1
+    reference = 0.5
+    if match[4]:
+        reference, margin = named(match[4], objects)[axis], 0.15
     assert abs(thing[axis] - reference) > margin
     return match[2] if thing[axis] < reference else match[3]
 
@@ -181,16 +187,20 @@ def test_questions_are_llava_records(folder, split):
         assert (human["from"], gpt["from"]) == ("human", "gpt")
         assert human["value"].startswith("<image>\n")
         assert re.fullmatch(r"[a-z]+|[0-5]", gpt["value"])
+    assert {record["image"] for record in records} == {
+        f"images/{split}/{path.name}" for path in (folder / "images" / split).iterdir()
+    }
     assert {record["question_type"] for record in records} == {"yes/no", "count", "shape", "colour", "position"}
 
 
 def test_no_answer_pays_without_looking(folder):
     """Of two possible answers each is right half of the time; elsewhere the commonest is right in under a third."""
-    words = "|".join([*photoshapes.SHAPES, *photoshapes.HUES])
+    shapes, colours = "|".join(photoshapes.SHAPES), "|".join(photoshapes.HUES)
     answers = {}
     for record in load_questions(folder, "training"):
         human, gpt = record["conversations"]
-        form = re.sub(f"({words})(e?s)?", "*", human["value"])
+        form = re.sub(f"({shapes})(e?s)?", "SHAPE", re.sub(colours, "COLOUR", human["value"]))
+        form = form.replace("the COLOUR SHAPE", "the SHAPE")
         answers.setdefault(form, Counter())[gpt["value"]] += 1
     assert len(answers) == len(photoshapes.QUESTION_TYPES)
     for form, counts in answers.items():

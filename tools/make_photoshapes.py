@@ -14,6 +14,7 @@ import argparse
 import colorsys
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -295,24 +296,32 @@ def ask(annotations, width, height):
 
 
 def ask_positions(objects, width, height):
-    """Questions about where an object is, of those that only one name fits; near the middle none is asked."""
+    """Questions about where an object is, of those that have a name of their own; near the middle none is asked."""
     shapes = Counter(o["shape"] for o in objects)
-    centres = {
-        o["shape"]: ((o["bbox"][0] + o["bbox"][2] / 2) / width, (o["bbox"][1] + o["bbox"][3] / 2) / height)
-        for o in objects
-        if shapes[o["shape"]] == 1
-    }
+    pairs = Counter((o["colour"], o["shape"]) for o in objects)
+    centres = {}
+    for o in objects:
+        if shapes[o["shape"]] == 1:
+            name = o["shape"]
+        elif o["colour"] and pairs[o["colour"], o["shape"]] == 1:
+            name = f"{o['colour']} {o['shape']}"
+        else:
+            continue
+        x, y, w, h = o["bbox"]
+        centres[name] = (x + w / 2) / width, (y + h / 2) / height
     for thing, (x, y) in centres.items():
         if abs(x - 0.5) > 0.1:
             yield "Is the {thing} in the left or right half?", {"thing": thing}, "left" if x < 0.5 else "right"
         if abs(y - 0.5) > 0.1:
             yield "Is the {thing} in the top or bottom half?", {"thing": thing}, "top" if y < 0.5 else "bottom"
-        for other, (other_x, other_y) in centres.items():
-            slots = {"thing": thing, "other": other}
-            if abs(x - other_x) > 0.15:
-                yield "Is the {thing} left or right of the {other}?", slots, "left" if x < other_x else "right"
-            if abs(y - other_y) > 0.15:
-                yield "Is the {thing} above or below the {other}?", slots, "above" if y < other_y else "below"
+    # Pairs go by shape alone: with colours nearly every question would be new, and easily learned by heart.
+    for thing, other in itertools.permutations([name for name in centres if name in SHAPES], 2):
+        slots = {"thing": thing, "other": other}
+        right, down = np.subtract(centres[thing], centres[other])
+        if abs(right) > 0.15:
+            yield "Is the {thing} left or right of the {other}?", slots, "left" if right < 0 else "right"
+        if abs(down) > 0.15:
+            yield "Is the {thing} above or below the {other}?", slots, "above" if down < 0 else "below"
 
 
 def balanced_questions(images, annotations, split, seed):
@@ -335,8 +344,11 @@ def balanced_questions(images, annotations, split, seed):
         quota = QUESTIONS_PER_TYPE * len(images) / families[kind] / len(answers)
         limit = math.ceil(min(quota, statistics.median_low(map(len, answers.values()))))
         for answer, questions in sorted(answers.items()):
-            for i in rng.permutation(len(questions))[:limit]:
-                chosen.append((*questions[i], answer, kind))
+            # Every image has its turn before any has a second one.
+            turns = defaultdict(itertools.count)
+            shuffled = [questions[i] for i in rng.permutation(len(questions))]
+            for question in sorted(shuffled, key=lambda question: next(turns[question[0]]))[:limit]:
+                chosen.append((*question, answer, kind))
     return [
         {
             "id": f"{split}-{n:06d}",
