@@ -11,7 +11,7 @@ from .embed import AdaptivePatchEmbed, drop_at_random
 from .freeze import freeze_host
 from .layout import PatchLayout, Segments
 from .rotary import apply_rotary, rotary_tables
-from .scores import score_patches, select_patches
+from .scores import drop_padding, score_patches, select_patches
 
 # These modules import timm, which takes seconds; whoever needs only the rest does not wait for it.
 _NEEDS_TIMM = {
@@ -29,6 +29,7 @@ __all__ = [
     "apply_rotary",
     "convert_eva02",
     "drop_at_random",
+    "drop_padding",
     "freeze_host",
     "load_converted",
     "read_checkpoint",

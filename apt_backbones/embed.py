@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import DROPPED, PatchLayout
+from .layout import PatchLayout
+from .scores import DROPPED
 
 MERGE_MODES = ("apt", "resizing", "random")
 
@@ -87,15 +88,16 @@ def drop_at_random(sides_BHW: Tensor, patch_size: int) -> Tensor:
         patch_size: side of the base patch in pixels.
 
     Returns:
-        sides_BHW with ``patch_size`` where a cell is kept and 0 where it is dropped.
+        sides_BHW with ``patch_size`` where a cell is kept and ``DROPPED`` elsewhere; what was dropped stays so.
     """
     height, width = sides_BHW.shape[1:]
+    num_patches_B = (patch_size / sides_BHW).square().where(sides_BHW > 0, 0).sum((1, 2)).round()  # n cells: n / n
     generator = torch.Generator().manual_seed(0)
     order_HW = torch.randperm(height * width, generator=generator).view(height, width).to(sides_BHW.device)
-    num_patches_B = (patch_size / sides_BHW).square().sum((1, 2)).round()  # a patch of n cells counts n times 1 / n
-    kept_BHW = order_HW < num_patches_B[:, None, None]
-    kept_sides_BHW = sides_BHW.clamp(max=patch_size)  # leaves the mark of images that are not finite
-    return kept_sides_BHW.where(kept_BHW | (sides_BHW < 0), DROPPED)
+    order_BN = order_HW.where(sides_BHW != DROPPED, height * width).flatten(1)
+    rank_BHW = order_BN.argsort(1).argsort(1).view_as(sides_BHW)
+    is_kept_BHW = (rank_BHW < num_patches_B[:, None, None]) | (sides_BHW < 0)
+    return sides_BHW.clamp(max=patch_size).where(is_kept_BHW, DROPPED)
 
 
 def _positions(layout: PatchLayout, positions: Tensor) -> Tensor:

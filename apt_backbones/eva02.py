@@ -19,8 +19,9 @@ from .attention import BACKENDS, varlen_attention
 from .embed import AdaptivePatchEmbed, drop_at_random
 from .layout import PatchLayout, Segments, check_window
 from .rotary import ROPE_POSITIONS, RotaryTables, apply_rotary, rotary_tables
-from .scores import SCORERS, check_images, check_thresholds, score_patches, select_patches
+from .scores import SCORERS, check_images, check_thresholds, drop_padding, score_patches, select_patches
 
+PADDING_MODES = ("coarsest", "drop")
 PRETRAIN_ROPE_LENGTH = 16  # side of the grid that all EVA-02 models were pretrained on
 
 
@@ -69,6 +70,8 @@ class APTEva02(nn.Module):
         scorer: "entropy", "laplacian" or "upsample_mse".
         merge: "apt", "resizing" or "random" (``AdaptivePatchEmbed``). For "random", dropped cells of the feature
             maps repeat the nearest kept token before them.
+        padding: "coarsest" (padding is scored like any other area: constant, so it merges into the largest patches)
+            or "drop" (patches wholly inside padding get no token, and zeros in the feature maps).
         rope_position: "centre" or "corner" of a merged patch.
         pixel_mean, pixel_std: normalisation that the images underwent, in 0..255; undone before scoring.
         attention_backend: see ``varlen_attention``; None chooses.
@@ -95,6 +98,7 @@ class APTEva02(nn.Module):
         thresholds: Mapping[int, float] | None = None,
         scorer: str = "entropy",
         merge: str = "apt",
+        padding: str = "coarsest",
         rope_position: str = "centre",
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
@@ -110,9 +114,11 @@ class APTEva02(nn.Module):
         self.out_indices = _check_indices("out_indices", out_indices, depth)
         self.train_grid = img_size // patch_size
         self.thresholds, self.scorer, self.merge = thresholds, scorer, merge
-        self.rope_position, self.attention_backend, self.with_cp = rope_position, attention_backend, with_cp
+        self.padding, self.rope_position = padding, rope_position
+        self.attention_backend, self.with_cp = attention_backend, with_cp
         self.num_prefix = int(use_cls_token)
         _check_choice("scorer", scorer, SCORERS)
+        _check_choice("padding", padding, PADDING_MODES)
         _check_choice("rope_position", rope_position, ROPE_POSITIONS)
         if attention_backend is not None:
             _check_choice("attention_backend", attention_backend, BACKENDS)
@@ -192,22 +198,32 @@ class APTEva02(nn.Module):
             images: normalised images (B, 3, H * p, W * p).
         """
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
-        if not self.thresholds:
+        sizes = tuple(self.thresholds)
+        if sizes:
+            sides_BHW = self._select(images)
+        elif self.padding == "drop":
+            sides_BHW = torch.full((len(images), *grid), self.patch_size, device=images.device)
+        else:
             return PatchLayout.dense(
                 len(images), grid, self.patch_size, self.window_size, self.num_prefix, images.device
             )
+        if self.padding == "drop":
+            sides_BHW = drop_padding(sides_BHW, images, self.patch_size)
+        is_random = bool(sizes) and self.merge == "random"
+        if is_random:
+            sides_BHW, sizes = drop_at_random(sides_BHW, self.patch_size), ()
+        return PatchLayout.build(
+            sides_BHW, self.patch_size, sizes, self.window_size, self.num_prefix, fill_dropped=is_random
+        )
+
+    def _select(self, images: Tensor) -> Tensor:
+        """Side in pixels of the patch that covers each base cell (B, H, W), by the images' scores."""
         with torch.autocast(images.device.type, enabled=False):
             # Data pipelines resize in uint8: rounding gives those very pixels back, so that a selection depends on
             # neither the float error of the normalisation nor the device.
             pixels = (images.float() * self.pixel_std + self.pixel_mean).round_()
             scores = score_patches(pixels, tuple(self.thresholds), self.scorer)
-        sides_BHW = select_patches(scores, self.thresholds, self.patch_size, images.shape[2:])
-        sizes = tuple(self.thresholds)
-        if self.merge == "random":
-            sides_BHW, sizes = drop_at_random(sides_BHW, self.patch_size), ()
-        return PatchLayout.build(
-            sides_BHW, self.patch_size, sizes, self.window_size, self.num_prefix, fill_dropped=self.merge == "random"
-        )
+            return select_patches(scores, self.thresholds, self.patch_size, images.shape[2:])
 
     def _pad(self, images: Tensor) -> Tensor:
         bottom, right = (-side % self.patch_size for side in images.shape[2:])

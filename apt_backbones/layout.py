@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-DROPPED = 0  # side of a base cell that gets no token
+from .scores import DROPPED
 
 
 @dataclass(frozen=True)

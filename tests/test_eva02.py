@@ -202,6 +202,44 @@ def test_a_rectangle_equals_the_padded_square_less_its_padding():
         torch.testing.assert_close(model(square)[0][:, :, :4], model(rectangle)[0], atol=1e-5, rtol=0)
 
 
+@settings(max_examples=10)
+@given(
+    height=st.integers(1, 8),
+    width=st.integers(1, 8),
+    options=st.sampled_from([WINDOWS, {}, dict(use_cls_token=True)]),
+    thresholds=st.sampled_from([None, {32: 0.0}]),
+)
+def test_with_padding_dropped_a_padded_square_equals_its_rectangle(height, width, options, thresholds):
+    model = tiny(padding="drop", thresholds=thresholds, **options)
+    rectangle = pictures(2, height * 16, width * 16)
+    square = F.pad(rectangle, (0, 128 - width * 16, 0, 128 - height * 16))
+    with torch.no_grad():
+        expected = F.pad(model(rectangle)[0], (0, 8 - width, 0, 8 - height))
+        torch.testing.assert_close(model(square)[0], expected, atol=1e-5, rtol=0)
+    assert model.last_layout.num_patches == (height * width, height * width)
+
+
+@pytest.mark.parametrize("merge", ["apt", "resizing", "random"])
+def test_dropping_padding_removes_only_patches_without_content(merge):
+    images = F.pad(pictures(1, 128, 56), (0, 72))
+    counts = {}
+    for padding in ("coarsest", "drop"):
+        model = tiny(thresholds={32: 4.0, 64: 4.0}, padding=padding, merge=merge, **WINDOWS)
+        layout = model.layout(images)
+        counts[padding] = layout.num_patches[0]
+        if merge != "random":
+            covered = layout.token_BHW[0] >= 0
+            assert covered[:, :4].all(), "cells with content have tokens"
+            assert covered[:, 4:].any() == (padding == "coarsest")
+    assert counts["drop"] < counts["coarsest"]
+
+
+def test_an_image_of_nothing_but_padding_keeps_one_token():
+    model = tiny(padding="drop", thresholds={32: 4.0})
+    assert model(torch.zeros(2, 3, 64, 64))[0].isfinite().all()
+    assert model.last_layout.num_patches == (1, 1)
+
+
 def test_larger_images_interpolate_positions():
     model = tiny()
     with torch.no_grad():
@@ -313,6 +351,7 @@ def test_random_drops_as_many_tokens_as_apt_merges_away():
         (dict(scorer="variance"), "entropy, laplacian, upsample_mse"),
         (dict(merge="mean", thresholds={32: 1.0}), "apt, resizing, random"),
         (dict(rope_position="middle"), "centre, corner"),
+        (dict(padding="keep"), "coarsest, drop"),
         (dict(attention_backend="xformers"), "flash, varlen, sdpa"),
         (dict(global_blocks=(4,)), r"global_blocks \(4,\) name blocks outside 0..3"),
         (dict(out_indices=(7,)), "out_indices"),
