@@ -1,0 +1,95 @@
+"""Thresholds that meet a token budget."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apt_backbones import PatchLayout, score_patches, select_patches
+from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
+from tests.golden import load_golden
+
+TOOL = Path(__file__).parents[1] / "tools" / "calibrate.py"
+PHOTOS = [v.permute(2, 0, 1)[None].float() for k, v in load_golden("patch_scores").arrays.items() if "image/" in k]
+SIZES = (16, 32, 64)
+
+
+@pytest.fixture(scope="module")
+def score_maps():
+    return [score_maps_of(photo, SIZES) for photo in PHOTOS]
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("ratios", [None, (1.0, 0.9, 0.5)])
+def test_the_budget_is_met_by_the_model_s_own_layout(score_maps, keep, ratios):
+    thresholds = calibrate_thresholds(score_maps, 8, keep, ratios)
+    tokens = cells = 0
+    for photo in PHOTOS:
+        sides = select_patches(score_patches(photo, SIZES), thresholds, 8, photo.shape[2:])
+        tokens += PatchLayout.build(sides, 8, SIZES).num_tokens
+        cells += sides.numel()
+    assert keep - 0.02 < tokens / cells <= keep
+    assert [thresholds[size] / thresholds[16] for size in SIZES] == pytest.approx(ratios or (1, 1, 1), abs=1e-3)
+
+
+def test_shares_count_the_tokens_of_every_image(score_maps):
+    thresholds = {16: 5.0, 32: 4.0, 64: 3.0}
+    for photo, share in zip(PHOTOS, kept_shares(score_maps, thresholds, 8)):
+        sides = select_patches(score_patches(photo, SIZES), thresholds, 8, photo.shape[2:])
+        assert float(share) == pytest.approx(PatchLayout.build(sides, 8, SIZES).num_tokens / sides.numel())
+
+
+def test_keeping_everything_merges_nothing(score_maps):
+    assert calibrate_thresholds(score_maps, 8, 1.0) == {16: 0.0, 32: 0.0, 64: 0.0}
+
+
+@pytest.mark.parametrize("keep, message", [(0.01, "cannot be met"), (0.0, "above 0"), (1.5, "at most 1")])
+def test_impossible_budgets_are_refused(score_maps, keep, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_thresholds(score_maps, 8, keep)
+
+
+def run_tool(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, arguments)])
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index, photo in enumerate(PHOTOS):
+        Image.fromarray(photo[0].permute(1, 2, 0).numpy().astype(np.uint8)).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+def test_the_tool_prints_the_line_to_paste(folder, monkeypatch, capsys):
+    run_tool(monkeypatch, "--images", folder, "--sizes", 32, 64, "--keep", 0.7, "--plot", folder / "keep.png")
+    printed = capsys.readouterr().out.splitlines()
+    maps = [score_maps_of(photo, (32, 64)) for photo in PHOTOS]
+    assert printed[-1] == f"thresholds={calibrate_thresholds(maps, 16, 0.7)}"
+    assert "3 images keep 6" in printed[0] or "3 images keep 70.0%" in printed[0]
+    assert Image.open(folder / "keep.png").width > 500
+
+
+def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsys):
+    config = folder / "config.py"
+    config.write_text(
+        "model = dict(backbone=dict(thresholds={16: 1.0}, scorer='laplacian'))\n"
+        "test_pipeline = [dict(type='Resize', scale=(128, 96), keep_ratio=True)]\n"
+    )
+    run_tool(monkeypatch, "--images", folder, "--config", config, "--keep", 0.5)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    size, threshold = re.fullmatch(r"thresholds={(\d+): ([\d.]+)}", printed).groups()
+    assert size == "16" and 0 < float(threshold) < 1, "a Laplacian's range, not an entropy's"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--keep", 0.7], "name the merged patch sizes"), (["--sizes", 32, "--keep", 2], "at most 1")],
+)
+def test_mistakes_end_in_one_line(folder, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run_tool(monkeypatch, "--images", folder, *arguments)
