@@ -10,7 +10,7 @@ from .attention import varlen_attention
 from .embed import AdaptivePatchEmbed, drop_at_random
 from .freeze import freeze_host
 from .layout import PatchLayout, Segments
-from .rotary import apply_rotary, rotary_tables
+from .rotary import apply_rotary, rotary_table
 from .scores import drop_padding, score_patches, select_patches
 
 # These modules import timm, which takes seconds; whoever needs only the rest does not wait for it.
@@ -33,7 +33,7 @@ __all__ = [
     "freeze_host",
     "load_converted",
     "read_checkpoint",
-    "rotary_tables",
+    "rotary_table",
     "score_patches",
     "select_patches",
     "varlen_attention",

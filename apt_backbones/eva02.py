@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import BACKENDS, varlen_attention
 from .embed import AdaptivePatchEmbed, drop_at_random
 from .layout import PatchLayout, Segments, check_window
-from .rotary import ROPE_POSITIONS, RotaryTables, apply_rotary, rotary_tables
+from .rotary import ROPE_POSITIONS, apply_rotary, rotary_table
 from .scores import SCORERS, check_images, check_thresholds, drop_padding, score_patches, select_patches
 
 PADDING_MODES = ("coarsest", "drop")
@@ -29,12 +29,12 @@ class PackedEvaBlock(EvaBlock):
     """timm's EVA block; what changes: attention over packed segments, and drop path per image instead of per row."""
 
     def forward(
-        self, x_TD: Tensor, layout: PatchLayout, segments: Segments, rope: RotaryTables, backend: str | None
+        self, x_TD: Tensor, layout: PatchLayout, segments: Segments, rope: Tensor, backend: str | None
     ) -> Tensor:
         x_TD = x_TD + self._drop_path(self._attention(self.norm1(x_TD), segments, rope, backend), layout)
         return x_TD + self._drop_path(self.mlp(self.norm2(x_TD)), layout)
 
-    def _attention(self, x_TD: Tensor, segments: Segments, rope: RotaryTables, backend: str | None) -> Tensor:
+    def _attention(self, x_TD: Tensor, segments: Segments, rope: Tensor, backend: str | None) -> Tensor:
         attn = self.attn
         q, k, v = (proj(x_TD).unflatten(-1, (attn.num_heads, -1)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         q, k = apply_rotary(q, rope), apply_rotary(k, rope)
@@ -244,14 +244,14 @@ class APTEva02(nn.Module):
             return positions
         return F.interpolate(positions, size=(side, side), mode="bicubic", align_corners=False)
 
-    def _rope(self, layout: PatchLayout) -> tuple[RotaryTables, RotaryTables | None]:
-        """Rotary tables for global and for windowed blocks."""
+    def _rope(self, layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
+        """Rotations for global and for windowed blocks."""
         head_dim = self.embed_dim // self.num_heads
         options = dict(rope_position=self.rope_position, pretrain_length=PRETRAIN_ROPE_LENGTH)
-        image_rope = rotary_tables(layout, head_dim, max(self.train_grid, *layout.grid), **options)
+        image_rope = rotary_table(layout, head_dim, max(self.train_grid, *layout.grid), **options)
         if self.window_size is None:
             return image_rope, None
-        return image_rope, rotary_tables(layout, head_dim, self.window_size, within_window=True, **options)
+        return image_rope, rotary_table(layout, head_dim, self.window_size, within_window=True, **options)
 
 
 def _check_indices(name: str, indices: Sequence[int], depth: int) -> tuple[int, ...]:

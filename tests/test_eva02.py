@@ -153,9 +153,10 @@ def padded_and_masked(model, images):
         normed = block.norm1(tokens)
         attn = block.attn
         q, k, v = (p(normed).unflatten(-1, (attn.num_heads, -1)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-        rotate = torch.stack([-torch.ones(8), torch.ones(8)], 1).flatten()
+        sign = torch.tensor([-1.0, 1.0]).repeat(8)
         swap = torch.arange(16).view(8, 2).flip(1).flatten()
-        q, k = (x * rope.cos_T1H + x[..., swap] * rotate * rope.sin_T1H for x in (q, k))
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (rope.real, rope.imag))
+        q, k = (x * cos + x[..., swap] * sign * sin for x in (q, k))
         pad = lambda x: torch.nn.utils.rnn.pad_sequence(x.split(layout.images.lengths), True).transpose(1, 2)  # noqa: E731
         mask = torch.arange(longest) < torch.tensor(layout.images.lengths)[:, None]
         out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask[:, None, None]).transpose(1, 2)

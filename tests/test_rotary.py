@@ -3,14 +3,14 @@
 import torch
 from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
 
-from apt_backbones import PatchLayout, apply_rotary, rotary_tables
+from apt_backbones import PatchLayout, apply_rotary, rotary_table
 
 
 def test_equals_timm_without_merging():
     height, width, head_dim = 5, 7, 16
     x = torch.randn(height * width, 2, head_dim)
     layout = PatchLayout.dense(1, (height, width), 16)
-    ours = apply_rotary(x, rotary_tables(layout, head_dim, length=8))
+    ours = apply_rotary(x, rotary_table(layout, head_dim, length=8))
     timm_rope = RotaryEmbeddingCat(head_dim, in_pixels=False, feat_shape=(8, 8), ref_feat_shape=(16, 16))
     table = timm_rope.get_embed().view(8, 8, -1)[:height, :width].flatten(0, 1)
     theirs = apply_rot_embed_cat(x.transpose(0, 1)[None], table)[0].transpose(0, 1)
@@ -18,10 +18,9 @@ def test_equals_timm_without_merging():
 
 
 def angles(layout, **options):
-    """The slowest-free angle, i.e. the position itself: first channel of the row half and of the column half."""
-    tables = rotary_tables(layout, 8, length=16, **options)  # 16 cells span 16 units: the angle is the cell index
-    angle = torch.atan2(tables.sin_T1H, tables.cos_T1H)[:, 0]
-    return angle[:, [0, 4]]
+    """The positions themselves: angles of the fastest channels of the row half and of the column half."""
+    table = rotary_table(layout, 8, length=16, **options)  # 16 cells span 16 units: the angle is the cell's
+    return table.angle()[:, 0, [0, 2]]
 
 
 def test_a_merged_patch_sits_at_its_centre_or_at_its_corner():
@@ -39,13 +38,13 @@ def test_window_coordinates_start_anew_in_every_window():
     layout = PatchLayout.dense(1, (4, 4), 16, window=2)
     one_window = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
     torch.testing.assert_close(angles(layout, within_window=True), one_window.repeat(4, 1))
-    torch.testing.assert_close(angles(layout)[-1], torch.tensor([3.0, 3.0]) - 0.0)
+    torch.testing.assert_close(angles(layout)[-1], torch.tensor([3.0, 3.0]))
 
 
 def test_prefix_tokens_are_not_rotated():
     layout = PatchLayout.dense(2, (2, 2), 16, num_prefix=1)
     x = torch.randn(layout.num_tokens, 1, 8)
-    rotated = apply_rotary(x, rotary_tables(layout, 8, length=2))
+    rotated = apply_rotary(x, rotary_table(layout, 8, length=2))
     is_prefix = layout.side_T == 0
     assert torch.equal(rotated[is_prefix], x[is_prefix])
     assert not torch.allclose(rotated[~is_prefix], x[~is_prefix])
@@ -53,6 +52,6 @@ def test_prefix_tokens_are_not_rotated():
 
 def test_rotation_is_computed_in_float32_and_keeps_the_dtype():
     layout = PatchLayout.dense(1, (4, 4), 16)
-    tables = rotary_tables(layout, 8, length=4)
+    table = rotary_table(layout, 8, length=4)
     x = torch.randn(16, 2, 8).bfloat16()
-    assert torch.equal(apply_rotary(x, tables), apply_rotary(x.float(), tables).bfloat16())
+    assert torch.equal(apply_rotary(x, table), apply_rotary(x.float(), table).bfloat16())
