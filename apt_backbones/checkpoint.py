@@ -26,12 +26,44 @@ _PRETRAINING_ONLY = r"(mask_token|lm_head|norm|fc_norm|head|rope)\b"
 
 _DTYPES = ("int32", "int64", "uint32", "float32", "float64")  # of numpy arrays and scalars in training checkpoints
 
+
+def _head_convs(number: int) -> list[tuple[str, str]]:
+    """Rules for the detection heads' convolutions, which the original counts from 1 and mmdet from 0."""
+    return [
+        (
+            rf"roi_heads\.box_head\.(\d)\.conv{number + 1}\.{norm}(weight|bias)",
+            rf"roi_head.bbox_head.\1.shared_convs.{number}.{ours}.\2",
+        )
+        for norm, ours in (("", "conv"), (r"norm\.", "ln"))
+    ] + [
+        (
+            rf"roi_heads\.mask_head\.mask_fcn{number + 1}\.{norm}(weight|bias)",
+            rf"roi_head.mask_head.convs.{number}.{ours}.\1",
+        )
+        for norm, ours in (("", "conv"), (r"norm\.", "ln"))
+    ]
+
+
 # Original name -> our name, first match wins; None drops the entry (buffers that we compute). A name that matches
 # no rule is an error. "trunk." marks what timm's own filter then renames.
 _RULES = {
     "det": [
         (r"backbone\.net\.(.*\.)?rope(_win|_glb)?\.freqs_(cos|sin)", None),
         (r"backbone\.net\.(.+)", r"trunk.\1"),
+        # Convolutions with a norm; the index counts the layers of a pyramid level.
+        (r"backbone\.simfp_(2\.[45]|[35]\.[12]|4\.[01])\.(weight|bias)", r"neck.p\1.conv.\2"),
+        (r"backbone\.simfp_(\d\.\d)\.norm\.(\w+)", r"neck.p\1.ln.\2"),
+        (r"backbone\.simfp_(\d\.\d\.\w+)", r"neck.p\1"),
+        (r"proposal_generator\.anchor_generator\..+|pixel_(mean|std)", None),
+        (r"proposal_generator\.rpn_head\.conv\.conv(\d)\.(\w+)", r"rpn_head.rpn_conv.\1.conv.\2"),
+        (r"proposal_generator\.rpn_head\.objectness_logits\.(\w+)", r"rpn_head.rpn_cls.\1"),
+        (r"proposal_generator\.rpn_head\.anchor_deltas\.(\w+)", r"rpn_head.rpn_reg.\1"),
+        *(rule for number in range(4) for rule in _head_convs(number)),
+        (r"roi_heads\.box_head\.(\d)\.fc1\.(\w+)", r"roi_head.bbox_head.\1.shared_fcs.0.\2"),
+        (r"roi_heads\.box_predictor\.(\d)\.cls_score\.(\w+)", r"roi_head.bbox_head.\1.fc_cls.\2"),
+        (r"roi_heads\.box_predictor\.(\d)\.bbox_pred\.(\w+)", r"roi_head.bbox_head.\1.fc_reg.\2"),
+        (r"roi_heads\.mask_head\.deconv\.(\w+)", r"roi_head.mask_head.upsample.\1"),
+        (r"roi_heads\.mask_head\.predictor\.(\w+)", r"roi_head.mask_head.conv_logits.\1"),
     ],
     "seg": [
         (r"backbone\.(.*\.)?rope\.freqs_(cos|sin)", None),
