@@ -29,8 +29,8 @@ model = dict(
         mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=6),
     ),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=300, max_per_img=150),
-        rcnn=[{**stage, "sampler": {**stage.sampler, "num": 40}} for stage in _base_.model.train_cfg.rcnn],
+        rpn_proposal=dict(nms_pre=300, max_per_img=100),
+        rcnn=[{**stage, "sampler": {**stage.sampler, "num": 32}} for stage in _base_.model.train_cfg.rcnn],
     ),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=150)),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )

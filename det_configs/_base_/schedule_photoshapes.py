@@ -1,7 +1,7 @@
-"""Dense training on PhotoShapes from scratch: 1,400 iterations of 8 images."""
+"""Dense training on PhotoShapes from scratch: 1,200 iterations of 8 images."""
 
-max_iters = 1400
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=350)
+max_iters = 1200
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=600)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

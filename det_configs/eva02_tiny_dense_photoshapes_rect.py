@@ -1,0 +1,4 @@
+"""Test only: images keep their rectangle and are padded to what the pyramid needs, instead of to a square."""
+
+_base_ = "eva02_tiny_dense_photoshapes.py"
+model = dict(data_preprocessor=dict(pad_size_divisor=16))
