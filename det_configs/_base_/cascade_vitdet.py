@@ -114,4 +114,4 @@ model = dict(
         ),
     ),
 )
-del box_head, stage, norm_cfg, strides
+del box_head, stage

@@ -1,0 +1,255 @@
+#!/usr/bin/env python
+"""Results on PhotoShapes, all from one command: ``tools/photoshapes_results.py det``.
+
+Trains the dense model (or resumes it, or takes it if it is finished), finds thresholds that remove the asked share of
+the training images' content tokens, short-fine-tunes, evaluates every method on the validation images, and times them
+against each other image by image. Writes docs/results/photoshapes_TASK.json and .md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
+
+from apt_backbones import PatchLayout, score_patches, select_patches
+from apt_backbones.mm.hooks import count_tokens
+
+PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
+TIMED_IMAGES, TIMED_ROUNDS = 24, 5
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between tasks.
+
+    Attributes:
+        configs: path with {} for the method.
+        metrics: title -> (name of the metric, factor).
+        finer: how many bits lower the threshold is of each size than of the size below it.
+        rectangles: whether there are test configurations without square padding.
+    """
+
+    configs: str
+    metrics: dict[str, tuple[str, float]]
+    finer: float = 0.0
+    rectangles: bool = False
+
+
+TASKS = {
+    "det": Task(
+        configs="det_configs/eva02_tiny_{}_photoshapes.py",
+        metrics={
+            "box mAP": ("coco/bbox_mAP", 100),
+            "AP50": ("coco/bbox_mAP_50", 100),
+            "mask mAP": ("coco/segm_mAP", 100),
+        },
+        rectangles=True,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a configuration tested with a checkpoint."""
+
+    title: str
+    config: str
+    checkpoint: Path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--removed", type=float, default=0.3, help="share of content tokens to remove (%(default)s)")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"), help="for checkpoints (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the tables (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def train(config: str, work_dir: Path, **settings: object) -> Path:
+    """The last checkpoint of a configuration; trains or resumes it if there is none."""
+    cfg = Config.fromfile(config)
+    checkpoint = work_dir / Path(config).stem / f"iter_{cfg.train_cfg.max_iters}.pth"
+    if not checkpoint.is_file():
+        options = [f"{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, "tools/train.py", config, "--work-dir", str(checkpoint.parent), "--resume"]
+        subprocess.run(command + (["--cfg-options", *options] if options else []), check=True)
+    return checkpoint
+
+
+def minutes_trained(checkpoint: Path) -> float:
+    """Time spent in training iterations, by the run's own log."""
+    interval = Config.fromfile(next(checkpoint.parent.glob("*.py"))).default_hooks.logger.interval
+    logs = checkpoint.parent.glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    return sum({line["iter"]: line["time"] for line in lines if "loss" in line}.values()) * interval / 60
+
+
+def calibrate(task: Task, removed: float) -> dict[int, float]:
+    """Thresholds (multiples of 0.05) that remove at least this share of the training images' content tokens."""
+    cfg = Config.fromfile(task.configs.format("apt"))
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).eval()
+    backbone, sizes = model.backbone, tuple(model.backbone.thresholds)
+    scored = []
+    for batch in track(_training_images(cfg), "scoring training images", console=console, transient=True):
+        data = model.data_preprocessor(batch, False)
+        pixels = (data["inputs"] * backbone.pixel_std + backbone.pixel_mean).round_()
+        shapes = [sample.img_shape[:2] for sample in data["data_samples"]]
+        scored.append((score_patches(pixels, sizes, backbone.scorer), pixels.shape[2:], shapes))
+    for step in range(200):
+        thresholds = {size: round(0.05 * step - task.finer * level, 2) for level, size in enumerate(sizes)}
+        counts = 0
+        for scores, image_size, shapes in scored:
+            sides = select_patches(scores, thresholds, backbone.patch_size, image_size)
+            counts += count_tokens(PatchLayout.build(sides, backbone.patch_size, sizes), shapes).sum(0)
+        if counts[0] <= (1 - removed) * counts[1]:
+            return thresholds
+    raise ValueError(f"no threshold removes {removed:.0%} of the content tokens; ask for less")
+
+
+def _training_images(cfg: Config, most: int = 200) -> Iterator[dict]:
+    """Training images as the test pipeline presents them."""
+    source, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
+    dataset = DATASETS.build({**test, **{k: source[k] for k in ("ann_file", "data_prefix") if k in source}})
+    for index in range(min(len(dataset), most)):
+        item = dataset[index]
+        yield {name: [value] for name, value in item.items()}
+
+
+def evaluate(row: Row, work_dir: Path, thresholds: dict[int, float]) -> tuple[dict[str, float], Runner]:
+    cfg = Config.fromfile(row.config)
+    if "thresholds" in cfg.model.backbone:
+        cfg.model.backbone.thresholds = thresholds
+    cfg.update(load_from=str(row.checkpoint), work_dir=str(work_dir), experiment_name=row.title, log_level="WARNING")
+    runner = RUNNERS.build(cfg)
+    return runner.test(), runner
+
+
+@torch.no_grad()
+def time_interleaved(runners: dict[str, Runner]) -> dict[str, float]:
+    """Seconds per image relative to the first runner: the median over images and rounds.
+
+    Every image goes through all models in turn, so that whatever else the machine does hits all of them alike.
+    """
+    first = next(iter(runners))
+    batches = {title: [] for title in runners}
+    for title, runner in runners.items():
+        for index in range(TIMED_IMAGES):
+            batches[title].append({k: [v] for k, v in runner.test_dataloader.dataset[index].items()})
+    seconds = {title: [] for title in runners}
+    for index in track(range(TIMED_IMAGES), "timing", console=console, transient=True):
+        for round_ in range(TIMED_ROUNDS + 1):
+            for title, runner in runners.items():
+                start = time.perf_counter()
+                runner.model.test_step(batches[title][index])
+                if round_:  # the first round warms up
+                    seconds[title].append(time.perf_counter() - start)
+    ratios = {t: statistics.median(a / b for a, b in zip(s, seconds[first])) for t, s in seconds.items()}
+    return {title: statistics.median(seconds[first]) * ratio for title, ratio in ratios.items()}
+
+
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    return f"{names[0]}, {os.cpu_count()} cores; {device}"
+
+
+def table(results: dict) -> str:
+    titles = list(results["rows"][0]["metrics"])
+    head = ["method", *titles, "content tokens", "padding tokens", "img/s", "relative to dense"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    dense = results["rows"][0]["images_per_second"]
+    for row in results["rows"]:
+        padding = f"{row['padding_kept']:.1%}" if row["padding_kept"] is not None else "none"
+        cells = [row["title"], *(f"{row['metrics'][t]:.1f}" for t in titles), f"{row['content_kept']:.1%}", padding]
+        cells += [f"{row['images_per_second']:.2f}", f"{row['images_per_second'] / dense:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    thresholds = ", ".join(f"{size} px: {t:g}" for size, t in results["thresholds"].items())
+    return "\n".join(
+        [
+            f"# PhotoShapes: {results['task']}",
+            "",
+            f"Made by `{results['command']}` on {results['hardware']}.",
+            f"Dense training from scratch took {results['minutes_dense']:.0f} minutes, the short fine-tune "
+            f"{results['minutes_short_finetune']:.1f}. Thresholds (bits): {thresholds}.",
+            "",
+            *lines,
+            "",
+            "Tokens are those kept, of all base patches. Speed is of the whole model for one image at a time, without",
+            "loading: medians over images that go through all methods in turn.",
+            "",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    task = TASKS[args.task]
+    config = task.configs.format
+    dense = train(config("dense"), args.work_dir)
+    thresholds = calibrate(task, args.removed)
+    settings = {f"model.backbone.thresholds.{size}": t for size, t in thresholds.items()}
+    tuned = train(config("apt"), args.work_dir, load_from=dense, **settings)
+
+    rows = [
+        Row("dense", config("dense"), dense),
+        Row("random", config("random"), dense),
+        Row("resizing", config("resizing"), dense),
+        Row("APT before the short fine-tune", config("apt"), dense),
+        Row("APT after the short fine-tune", config("apt"), tuned),
+    ]
+    if task.rectangles:
+        rows.insert(1, Row("dense, not padded to a square", config("dense").replace(".py", "_rect.py"), dense))
+        rows.append(Row("APT after, not padded to a square", config("apt").replace(".py", "_rect.py"), tuned))
+    evaluated = {row: evaluate(row, args.work_dir / f"photoshapes_{args.task}", thresholds) for row in rows}
+    seconds = time_interleaved({row.title: runner for row, (_, runner) in evaluated.items()})
+
+    results = {
+        "task": args.task,
+        "command": shlex.join(["tools/photoshapes_results.py", *(argv or sys.argv[1:])]),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "thresholds": thresholds,
+        "minutes_dense": minutes_trained(dense),
+        "minutes_short_finetune": minutes_trained(tuned),
+        "rows": [
+            {
+                "title": row.title,
+                "config": row.config,
+                "metrics": {title: metrics[name] * factor for title, (name, factor) in task.metrics.items()},
+                **{k: metrics[k] for k in ("tokens", "content_kept", "content_kept_min", "content_kept_max")},
+                "padding_kept": metrics.get("padding_kept"),
+                "images_per_second": 1 / seconds[row.title],
+            }
+            for row, (metrics, _) in evaluated.items()
+        ],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps(results, indent=1) + "\n"), (".md", table(results))):
+        temporary = args.out / f".photoshapes_{args.task}{suffix}"
+        temporary.write_text(text)
+        os.replace(temporary, args.out / f"photoshapes_{args.task}{suffix}")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
