@@ -8,5 +8,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=5),
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=False, begin=5, end=max_iters, T_max=max_iters - 5),
 ]
-model = dict(type="ShortFinetuneCascadeRCNN", backbone=dict(thresholds={16: 5.0, 32: 5.0}))
+model = dict(type="ShortFinetuneCascadeRCNN", backbone=dict(thresholds={16: 3.8, 32: 3.2}))
 load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_1200.pth"

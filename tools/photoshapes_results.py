@@ -15,20 +15,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
 
-from apt_backbones import PatchLayout, score_patches, select_patches
-from apt_backbones.mm.hooks import count_tokens
+from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 
 PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
 TIMED_IMAGES, TIMED_ROUNDS = 24, 5
@@ -42,13 +40,13 @@ class Task:
     Attributes:
         configs: path with {} for the method.
         metrics: title -> (name of the metric, factor).
-        finer: how many bits lower the threshold is of each size than of the size below it.
+        ratios: threshold of each merged size relative to that of the smallest.
         rectangles: whether there are test configurations without square padding.
     """
 
     configs: str
     metrics: dict[str, tuple[str, float]]
-    finer: float = 0.0
+    ratios: tuple[float, ...]
     rectangles: bool = False
 
 
@@ -60,6 +58,7 @@ TASKS = {
             "AP50": ("coco/bbox_mAP_50", 100),
             "mask mAP": ("coco/segm_mAP", 100),
         },
+        ratios=(1.0, 0.85),
         rectangles=True,
     )
 }
@@ -102,36 +101,18 @@ def minutes_trained(checkpoint: Path) -> float:
     return sum({line["iter"]: line["time"] for line in lines if "loss" in line}.values()) * interval / 60
 
 
-def calibrate(task: Task, removed: float) -> dict[int, float]:
-    """Thresholds (multiples of 0.05) that remove at least this share of the training images' content tokens."""
+def calibrate(task: Task, removed: float, most: int = 200) -> dict[int, float]:
+    """Thresholds that remove this share of the training images' content tokens, as the test pipeline sizes images."""
     cfg = Config.fromfile(task.configs.format("apt"))
     init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model).eval()
-    backbone, sizes = model.backbone, tuple(model.backbone.thresholds)
-    scored = []
-    for batch in track(_training_images(cfg), "scoring training images", console=console, transient=True):
-        data = model.data_preprocessor(batch, False)
-        pixels = (data["inputs"] * backbone.pixel_std + backbone.pixel_mean).round_()
-        shapes = [sample.img_shape[:2] for sample in data["data_samples"]]
-        scored.append((score_patches(pixels, sizes, backbone.scorer), pixels.shape[2:], shapes))
-    for step in range(200):
-        thresholds = {size: round(0.05 * step - task.finer * level, 2) for level, size in enumerate(sizes)}
-        counts = 0
-        for scores, image_size, shapes in scored:
-            sides = select_patches(scores, thresholds, backbone.patch_size, image_size)
-            counts += count_tokens(PatchLayout.build(sides, backbone.patch_size, sizes), shapes).sum(0)
-        if counts[0] <= (1 - removed) * counts[1]:
-            return thresholds
-    raise ValueError(f"no threshold removes {removed:.0%} of the content tokens; ask for less")
-
-
-def _training_images(cfg: Config, most: int = 200) -> Iterator[dict]:
-    """Training images as the test pipeline presents them."""
     source, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
     dataset = DATASETS.build({**test, **{k: source[k] for k in ("ann_file", "data_prefix") if k in source}})
-    for index in range(min(len(dataset), most)):
-        item = dataset[index]
-        yield {name: [value] for name, value in item.items()}
+    sizes = tuple(cfg.model.backbone.thresholds)
+    score_maps = [
+        score_maps_of(dataset[index]["inputs"].flip(0)[None].float(), sizes)  # BGR to RGB
+        for index in track(range(min(len(dataset), most)), "calibrating", console=console, transient=True)
+    ]
+    return calibrate_thresholds(score_maps, cfg.model.backbone.patch_size, 1 - removed, task.ratios)
 
 
 def evaluate(row: Row, work_dir: Path, thresholds: dict[int, float]) -> tuple[dict[str, float], Runner]:

@@ -1,0 +1,170 @@
+"""Detection: the converted tiny detector equals the original, and what configs, pyramid and heads promise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData
+
+import apt_backbones.mm.det  # noqa: F401
+from apt_backbones import convert_eva02, load_converted
+from tests.golden import load_golden, relative_error
+
+CONFIGS = sorted(Path("det_configs").glob("*.py"))
+
+
+def golden_detector(**backbone) -> tuple[torch.nn.Module, object]:
+    """The detector of the golden file, from the same base configuration as the large ones."""
+    golden = load_golden("eva02_cascade_tiny")
+    config, channels = golden.config, golden.config["head_channels"]
+    model = Config.fromfile("det_configs/_base_/cascade_vitdet.py").model
+    names = ("img_size", "embed_dim", "depth", "num_heads", "window_size", "global_blocks", "pretrain_img_size")
+    model.backbone.update({name: config[name] for name in names}, **backbone)
+    model.data_preprocessor.pad_size_divisor = config["img_size"]
+    model.neck.update(in_channels=config["embed_dim"], out_channels=channels)
+    model.rpn_head.update(in_channels=channels, feat_channels=channels)
+    for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
+        extractor.out_channels = channels
+    sizes = dict(in_channels=channels, conv_out_channels=channels, num_classes=config["num_classes"])
+    for head in model.roi_head.bbox_head:
+        head.update(sizes, fc_out_channels=config["fc_channels"])
+    model.roi_head.mask_head.update(sizes)
+    init_default_scope("mmdet")
+    detector = MODELS.build(model).eval()
+    load_converted(detector, convert_eva02(golden.weights, "det"))
+    return detector, golden
+
+
+@torch.no_grad()
+def detect(detector, image_HWC):
+    """mmdet's own inference on one RGB image."""
+    shape = tuple(image_HWC.shape[:2])
+    sample = DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0)))
+    bgr = image_HWC.permute(2, 0, 1).flip(0)
+    found = detector.test_step({"inputs": [bgr], "data_samples": [sample]})[0].pred_instances
+    return found[found.scores.argsort(descending=True, stable=True)]
+
+
+def masks_of(golden):
+    width = golden.arrays["image"].shape[1]
+    bits = np.unpackbits(golden.arrays["masks"].numpy(), axis=2)[..., :width]
+    return torch.from_numpy(bits).bool()
+
+
+def test_the_converted_detector_finds_what_the_original_finds():
+    detector, golden = golden_detector()
+    found = detect(detector, golden.arrays["image"])
+
+    assert len(found) == 100
+    assert found.labels.equal(golden.arrays["classes"])
+    assert (found.scores - golden.arrays["scores"]).abs().max() <= 1e-4
+    assert (found.bboxes - golden.arrays["boxes"]).abs().max() <= 0.05
+    masks = masks_of(golden)
+    intersection, union = (found.masks & masks).sum((1, 2)), (found.masks | masks).sum((1, 2))
+    assert (intersection >= 0.99 * union).all()
+
+
+def test_adaptive_patches_that_merge_nothing_change_nothing():
+    detector, golden = golden_detector(thresholds={32: 0.0, 64: 0.0})
+    found = detect(detector, golden.arrays["image"])
+    assert (found.scores - golden.arrays["scores"]).abs().max() <= 1e-4
+
+
+def test_adaptive_patches_change_the_result_when_they_merge():
+    detector, golden = golden_detector(thresholds={32: 7.0, 64: 7.0})
+    found = detect(detector, golden.arrays["image"])
+    assert detector.backbone.last_layout.num_tokens < 64
+    assert (found.scores - golden.arrays["scores"]).abs().max() > 1e-3
+
+
+def test_averaging_logits_as_mmdet_does_would_not_reproduce_the_original():
+    detector, golden = golden_detector()
+    detector.roi_head.__class__ = type(
+        "Plain", (type(detector.roi_head),), {"_refine_roi": type(detector.roi_head).__mro__[1]._refine_roi}
+    )
+    found = detect(detector, golden.arrays["image"])
+    assert (found.scores - golden.arrays["scores"]).abs().max() > 1e-2
+
+
+def test_pyramid_equals_the_original():
+    golden = load_golden("eva02_det_tiny")
+    pyramid = MODELS.build(dict(type="SimpleFeaturePyramid", in_channels=48, out_channels=32))
+    weights = convert_eva02({k: v for k, v in golden.weights.items() if "simfp" in k}, "det")
+    pyramid.load_state_dict({name.removeprefix("neck."): tensor for name, tensor in weights.items()})
+    with torch.no_grad():
+        levels = pyramid((golden.arrays["last_feat"],))
+    for number, level in enumerate(levels, start=2):
+        assert relative_error(level, golden.arrays[f"pyramid/p{number}"]) < 1e-4
+        assert level.is_contiguous(), "mmcv's RoIAlign misreads other memory formats"
+
+
+def test_every_weight_of_the_original_has_a_place():
+    golden = load_golden("eva02_cascade_tiny")
+    assert len(convert_eva02(golden.weights, "det")) == len(golden.weights)
+
+
+def test_masks_can_be_ranked_by_maskness():
+    # Two masks for class 1: probabilities above one half are 0.8 everywhere, and 0.6 on one of four pixels.
+    head = MODELS.build(dict(type="MasknessMaskHead", maskness=True, num_classes=2))
+    logit = torch.tensor([0.8, 0.6, 0.3]).logit()
+    logits = torch.full((2, 2, 2, 2), float(logit[2]))
+    logits[0, 1], logits[1, 1, 0, 0] = logit[0], logit[1]
+    results = InstanceData(
+        bboxes=torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 8]]),
+        scores=torch.tensor([0.5, 1.0]),
+        labels=torch.tensor([1, 1]),
+    )
+    meta = dict(ori_shape=(8, 8), scale_factor=(1.0, 1.0))
+    test_cfg = Config(dict(mask_thr_binary=0.5))
+    (results,) = head.predict_by_feat([logits], [results], [meta], test_cfg)
+    torch.testing.assert_close(results.mask_scores, torch.tensor([0.5 * 0.8, 1.0 * 0.6]))
+    torch.testing.assert_close(results.scores, torch.tensor([0.5, 1.0]), msg="boxes keep their scores")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_builds_and_says_what_its_name_says(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    with torch.device("meta" if "tiny" not in path.stem else "cpu"):
+        model = MODELS.build(cfg.model)
+    backbone = model.backbone
+    method = path.stem.split("_")[2]
+    assert cfg.custom_imports.imports and cfg.runner_type == "APTRunner"
+    assert cfg.custom_hooks == [dict(type="TokenCountHook")]
+    assert bool(backbone.thresholds) == (method != "dense")
+    assert method in ("dense", backbone.merge)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if method == "apt":
+        assert all("adaptive_embed" in name for name in trained)
+        assert cfg.load_from
+    else:
+        assert len(trained) == len(list(model.parameters()))
+    square = backbone.train_grid * backbone.patch_size
+    assert cfg.model.data_preprocessor.pad_size_divisor == (2 * backbone.patch_size if "rect" in path.stem else square)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "tiny"])
+def test_the_short_finetune_is_5_percent_of_the_training_at_a_tenth_of_its_rate(size):
+    name = f"det_configs/eva02_{size}_{{}}_{'photoshapes' if size == 'tiny' else '1536'}.py"
+    dense, apt = (Config.fromfile(name.format(method)) for method in ("dense", "apt"))
+    assert apt.train_cfg.max_iters == 0.05 * dense.train_cfg.max_iters
+    assert apt.optim_wrapper.optimizer.lr == pytest.approx(0.1 * dense.optim_wrapper.optimizer.lr)
+    assert apt.optim_wrapper.optimizer.weight_decay == dense.optim_wrapper.optimizer.weight_decay
+    assert apt.optim_wrapper.paramwise_cfg == dense.optim_wrapper.paramwise_cfg
+    assert apt.train_dataloader == dense.train_dataloader
+
+
+def test_the_large_configs_are_the_published_networks():
+    blocks = {"b": (12, 768, 12, [1, 3, 5, 7, 9, 11], 0.7), "l": (24, 1024, 16, [2, 5, 8, 11, 14, 17, 20, 23], 0.8)}
+    for size, (depth, width, heads, global_blocks, decay) in blocks.items():
+        cfg = Config.fromfile(f"det_configs/eva02_{size}_dense_1536.py")
+        backbone = cfg.model.backbone
+        assert (backbone.depth, backbone.embed_dim, backbone.num_heads) == (depth, width, heads)
+        assert list(backbone.global_blocks) == global_blocks
+        assert (backbone.window_size, backbone.patch_size, backbone.img_size) == (32, 16, 1536)
+        assert cfg.optim_wrapper.paramwise_cfg == dict(decay_rate=decay, decay_all=True)
+        assert cfg.param_scheduler[1].milestones == [48000, 54000]
