@@ -247,7 +247,9 @@ def _starts_and_end(ends: Tensor) -> Tensor:
     return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
 
+# What is kept must be usable in training, even if the first to ask for it was in inference mode.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _window_order(height: int, width: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cells of one image in (window, row, column) order (H * W,), and each window's last place in it (windows,)."""
     window = window or max(height, width)
@@ -260,6 +262,7 @@ def _window_order(height: int, width: int, window: int | None, device: torch.dev
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _dense_layout(batch_size, grid, patch_size, window, num_prefix, device) -> PatchLayout:
     sides_BHW = torch.full((batch_size, *grid), patch_size, device=device)
     return PatchLayout.build(sides_BHW, patch_size, window=window, num_prefix=num_prefix)

@@ -292,6 +292,16 @@ def test_training_with_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradient, gradients[1][name])
 
 
+def test_a_model_that_ran_in_inference_mode_can_still_train():
+    images = pictures(1, 112, 96)  # a size that no other test uses: layouts are kept per size
+    for thresholds in (None, {32: 6.0}):
+        model = tiny(thresholds=thresholds, **WINDOWS)
+        with torch.inference_mode():
+            model(images)
+        model(images)[0].sum().backward()
+        assert model.patch_embed.proj.weight.grad.isfinite().all()
+
+
 @settings(max_examples=10)
 @given(
     thresholds=st.fixed_dictionaries({32: st.sampled_from([0.0, 4.0, 7.9]), 64: st.sampled_from([0.0, 4.0, 7.9])}),

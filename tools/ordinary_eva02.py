@@ -1,0 +1,91 @@
+"""The dense baseline of the benchmarks: EVA-02 as it is ordinarily run, on maps, with windows cut out and put back.
+
+It is meant to be as fast as such an implementation can be: batched scaled_dot_product_attention, positions and
+rotary tables computed once per image size, the same fast rotation as the packed model.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_backbones import APTEva02, PatchLayout, apply_rotary
+
+
+class OrdinaryEva02(nn.Module):
+    """Runs the weights of a dense ``APTEva02`` (shared, not copied) without packing.
+
+    Equal to it wherever the window divides the grid; elsewhere windows are filled with zero tokens that take part in
+    attention, as ViTDet does.
+    """
+
+    def __init__(self, model: APTEva02):
+        super().__init__()
+        if model.thresholds or model.padding != "coarsest":
+            raise ValueError("the ordinary implementation is dense: give it a model without thresholds")
+        self.model = model
+        self._constants: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        images = model._pad(images)
+        x = model.patch_embed.proj(images).permute(0, 2, 3, 1)
+        batch, height, width, dim = x.shape
+        positions, image_rope, window_rope = self._constants_of(height, width, images.device)
+        x = (x + positions).flatten(1, 2)
+        if model.cls_token is not None:
+            cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(batch, -1, -1)
+            x = torch.cat([cls_token.to(x.dtype), x], dim=1)
+        maps = {}
+        for index, block in enumerate(model.blocks):
+            normed = block.norm1(x)
+            if model.window_size is None or index in model.global_blocks:
+                attended = _attention(block.attn, normed, image_rope)
+            else:
+                windows, padded = _partition(normed.view(batch, height, width, dim), model.window_size)
+                attended = _attention(block.attn, windows, window_rope)
+                attended = _unpartition(attended, model.window_size, padded, (height, width)).flatten(1, 2)
+            x = x + attended
+            x = x + block.mlp(block.norm2(x))
+            if index in model.out_indices:
+                tokens = x[:, model.num_prefix :]
+                maps[index] = tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+        return tuple(maps[index] for index in model.out_indices)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _constants_of(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Positions (H, W, D) and rotations for images and for windows, kept per image size."""
+        if (height, width) not in self._constants:
+            model = self.model
+            side = max(model.train_grid, height, width)
+            positions = model._positions(side)[0, :, :height, :width].permute(1, 2, 0)
+            layout = PatchLayout.dense(1, (height, width), model.patch_size, None, model.num_prefix, device)
+            image_rope, _ = model._rope(layout)
+            window_rope = None
+            if model.window_size is not None:
+                one_window = (model.window_size, model.window_size)
+                layout = PatchLayout.dense(1, one_window, model.patch_size, model.window_size, device=device)
+                window_rope = model._rope(layout)[1]
+            self._constants[height, width] = (positions, image_rope, window_rope)
+        return self._constants[height, width]
+
+
+def _attention(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
+    q, k, v = (proj(x).unflatten(-1, (attn.num_heads, -1)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = (part.transpose(1, 2) for part in (apply_rotary(q, rope), apply_rotary(k, rope), v))
+    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
+    """(B, H, W, D) -> windows (n, window^2, D) and the padded (H, W)."""
+    bottom, right = (-side % window for side in x.shape[1:3])
+    x = F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    height, width = x.shape[1:3]
+    x = x.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3)
+    return x.reshape(-1, window * window, x.shape[-1]), (height, width)
+
+
+def _unpartition(windows: Tensor, window: int, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    rows, columns = padded[0] // window, padded[1] // window
+    x = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, *padded, windows.shape[-1])[:, : size[0], : size[1]]
