@@ -239,7 +239,7 @@ def rows_of(cases: list[Case], batch_size: int) -> list[dict]:
             "mode": case.name,
             "content_kept": round(case.content_kept, 4),
             "padding_kept": round(case.padding_kept, 4),
-            "gflops_per_image": round(case.gflops, 1),
+            "gflops_per_image": round(case.gflops, 4),
             "images_per_second": round(batch_size / statistics.median(seconds), 4),
             "peak_gb": round(case.peak_gb, 2) or None,
             "stages_ms": {name: round(value * 1000, 2) for name, value in case.stages.items()},
