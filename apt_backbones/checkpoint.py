@@ -67,7 +67,11 @@ _RULES = {
     ],
     "seg": [
         (r"backbone\.(.*\.)?rope\.freqs_(cos|sin)", None),
-        (r"backbone\.((cls_token|pos_embed|patch_embed|blocks).*)", r"trunk.\1"),
+        (r"backbone\.((cls_token|pos_embed|patch_embed|blocks)\b.*)", r"trunk.\1"),
+        # The multi-scale maps, which are mmseg's Feature2Pyramid.
+        (r"backbone\.fpn1\.(.+)", r"neck.upsample_4x.\1"),
+        (r"backbone\.fpn2\.(.+)", r"neck.upsample_2x.\1"),
+        (r"(decode_head|auxiliary_head)\.(.+)", r"\1.\2"),
     ],
 }
 

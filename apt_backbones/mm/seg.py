@@ -1,0 +1,106 @@
+"""EVA-02 + UperNet in mmseg: what an encoder-decoder with an adaptive backbone does beyond mmseg's own."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmseg.models import EncoderDecoder
+from mmseg.registry import MODELS
+from torch import Tensor
+
+
+@MODELS.register_module()
+class APTEncoderDecoder(EncoderDecoder):
+    """mmseg's ``EncoderDecoder`` over an ``APTEva02`` backbone. What is modified:
+
+    - ``slide_inference`` runs the crops of an image together, as many at a time as ``test_cfg.token_budget`` allows;
+      the result is that of mmseg's one-by-one slide.
+    - ``encode_decode`` pads its input to whole patches and cuts the logits back, so that they stay aligned with the
+      pixels when a crop or an image is no multiple of the patch.
+
+    Args:
+        test_cfg: mmseg's, with one more entry for mode "slide": ``token_budget``, the most tokens (CLS included)
+            that go through the backbone at a time. A single crop may exceed it. None or absent: no limit.
+        Others are mmseg's.
+
+    Raises:
+        ValueError: crops that are smaller than a patch, or strides that leave gaps between them.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        patch = self.backbone.patch_size
+        sizes = {"data_preprocessor.size": self.data_preprocessor.size}
+        if self.test_cfg.get("mode") == "slide":
+            sizes["test_cfg.crop_size"] = self.test_cfg.crop_size
+            if any(not 0 < step <= side for step, side in zip(self.test_cfg.stride, self.test_cfg.crop_size)):
+                raise ValueError(
+                    f"test_cfg.stride {tuple(self.test_cfg.stride)} must be at least 1 and at most the crop size, "
+                    f"{tuple(self.test_cfg.crop_size)}"
+                )
+        for name, size in sizes.items():
+            if size is not None and min(size) < patch:
+                raise ValueError(f"{name} {tuple(size)} is smaller than a patch; use at least {patch} x {patch} pixels")
+
+    def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Logits (B, classes, height, width) of normalised images (B, 3, height, width) of any size."""
+        padded = self._pad(inputs)
+        # The head takes the size of its output from here.
+        metas = [{**meta, "img_shape": padded.shape[2:]} for meta in batch_img_metas]
+        logits = super().encode_decode(padded, metas)
+        return logits[:, :, : inputs.shape[2], : inputs.shape[3]]
+
+    def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Logits (B, classes, height, width), averaged where crops overlap; crops are placed as mmseg places them."""
+        height, width = (min(side, crop) for side, crop in zip(inputs.shape[2:], self.test_cfg.crop_size))
+        tops, lefts = (
+            _starts(side, crop, stride)
+            for side, crop, stride in zip(inputs.shape[2:], (height, width), self.test_cfg.stride)
+        )
+        places = [(image, y, x) for y in tops for x in lefts for image in range(len(inputs))]
+        crops = torch.stack([inputs[image, :, y : y + height, x : x + width] for image, y, x in places])
+
+        total = inputs.new_zeros(len(inputs), self.out_channels, *inputs.shape[2:])
+        count = inputs.new_zeros(len(inputs), 1, *inputs.shape[2:])
+        for batch in pack(self._lengths(crops), self.test_cfg.get("token_budget")):
+            metas = [batch_img_metas[places[crop][0]] for crop in batch]
+            for crop, logits in zip(batch, self.encode_decode(crops[batch.start : batch.stop], metas)):
+                image, y, x = places[crop]
+                total[image, :, y : y + height, x : x + width] += logits
+                count[image, :, y : y + height, x : x + width] += 1
+        return total / count
+
+    def _pad(self, images: Tensor) -> Tensor:
+        """To whole patches, two at least: the coarsest map of the pyramid halves the grid."""
+        patch = self.backbone.patch_size
+        bottom, right = (max(-side % patch, 2 * patch - side) for side in images.shape[2:])
+        return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
+
+    def _lengths(self, crops: Tensor) -> Sequence[int]:
+        """Tokens of every crop. Merging only makes them fewer: crops that fit as they are need no scoring here."""
+        padded, backbone = self._pad(crops), self.backbone
+        dense = padded.shape[2] * padded.shape[3] // backbone.patch_size**2 + backbone.num_prefix
+        if len(crops) * dense <= (self.test_cfg.get("token_budget") or float("inf")):
+            return [dense] * len(crops)
+        return backbone.layout(padded).images.lengths
+
+
+def pack(lengths: Sequence[int], budget: int | None) -> list[range]:
+    """Split a sequence into the longest runs, in order, whose lengths add up to at most the budget.
+
+    Args:
+        lengths: of the items; one that exceeds the budget makes a run of its own.
+        budget: None for one run.
+    """
+    runs, start, total = [], 0, 0
+    for item, length in enumerate(lengths):
+        if budget is not None and item > start and total + length > budget:
+            runs.append(range(start, item))
+            start, total = item, 0
+        total += length
+    return [*runs, range(start, len(lengths))]
+
+
+def _starts(side: int, crop: int, stride: int) -> list[int]:
+    """Where crops begin along one axis; the last one ends with the image."""
+    return [min(start, side - crop) for start in range(0, side - crop + stride, stride)]

@@ -1,0 +1,55 @@
+"""A network that trains on two CPU cores: EVA-02 + UperNet as the large ones, patch 8, crop 128."""
+
+norm_cfg = dict(type="BN", requires_grad=True)
+crop_size = (128, 128)
+model = dict(
+    type="APTEncoderDecoder",
+    data_preprocessor=dict(
+        type="SegDataPreProcessor",
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=crop_size,
+    ),
+    backbone=dict(
+        type="APTEva02",
+        img_size=128,
+        pretrain_img_size=128,
+        patch_size=8,
+        embed_dim=96,
+        depth=6,
+        num_heads=3,
+        use_cls_token=True,
+        out_indices=(1, 2, 3, 5),
+    ),
+    neck=dict(type="Feature2Pyramid", embed_dim=96, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
+    decode_head=dict(
+        type="UPerHead",
+        in_channels=[96, 96, 96, 96],
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        channels=32,
+        dropout_ratio=0.1,
+        num_classes=7,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type="FCNHead",
+        in_channels=96,
+        in_index=2,
+        channels=32,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes=7,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(85, 85), token_budget=4096),
+)

@@ -1,0 +1,10 @@
+"""Adaptive patches, short fine-tuned from the dense model."""
+
+_base_ = [
+    "_base_/eva02_l_512.py",
+    "_base_/ade20k_512.py",
+    "_base_/short_finetune_4k.py",
+    "_base_/runtime.py",
+]
+model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={32: 5.75}))
+load_from = "checkpoints/eva02_l_seg_512.pth"

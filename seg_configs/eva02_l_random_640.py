@@ -1,0 +1,4 @@
+"""Baseline: as many tokens dropped at random as APT saves; nothing to train."""
+
+_base_ = "eva02_l_dense_640.py"
+model = dict(backbone=dict(thresholds={32: 5.75}, merge="random"))
