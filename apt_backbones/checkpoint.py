@@ -195,10 +195,15 @@ def convert_eva02(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tens
 def load_converted(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights strictly, except that ConvDown and ZeroMLP may be missing (then they keep their initial values).
 
+    A model that can take more than its own weights, such as those of another crop size, changes them first in its
+    ``adapt_state_dict``.
+
     Raises:
         ValueError: names are missing or unknown, or shapes differ; the message lists them.
     """
-    own = model.state_dict()
+    own, state_dict = model.state_dict(), dict(state_dict)
+    if hasattr(model, "adapt_state_dict"):
+        model.adapt_state_dict(state_dict)
     missing = [name for name in own if name not in state_dict and not is_new(name)]
     unknown = [name for name in state_dict if name not in own]
     misshapen = [

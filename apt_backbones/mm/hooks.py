@@ -54,7 +54,9 @@ class TokenCountHook(Hook):
 
     def _before_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, mode: str = "train") -> None:
         self._mode = mode
-        self._shapes = [sample.img_shape[:2] for sample in data_batch["data_samples"]]
+        samples = data_batch["data_samples"]
+        # Test-time augmentation gives a list per augmentation; images without a shape are all content.
+        self._shapes = [] if isinstance(samples[0], Sequence) else [sample.img_shape[:2] for sample in samples]
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
@@ -70,7 +72,12 @@ class TokenCountHook(Hook):
         metrics.update(self._report(runner, "test"))
 
     def _count(self, backbone: APTEva02, *_) -> None:
-        self._counts[self._mode].append(count_tokens(backbone.last_layout, self._shapes).detach())
+        layout = backbone.last_layout
+        # Several crops of one image go through together in segmentation's sliding tests.
+        is_cropped = layout.batch_size != len(self._shapes)
+        height, width = (cells * layout.patch_size for cells in layout.grid)
+        shapes = [(height, width)] * layout.batch_size if is_cropped else self._shapes
+        self._counts[self._mode].append(count_tokens(layout, shapes).detach())
 
     def _report(self, runner: Runner, mode: str) -> dict[str, float]:
         counts = [count.cpu() for count in self._counts[mode]]

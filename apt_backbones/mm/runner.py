@@ -1,6 +1,6 @@
 """mmengine's runner, with checkpoints that are read without executing them and that must fit the model."""
 
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -27,7 +27,9 @@ class APTRunner(Runner):
         """
         content = read_file(filename)
         self.call_hook("after_load_checkpoint", checkpoint=content)
-        load_converted(self.model.module if is_model_wrapper(self.model) else self.model, weights_of(content, filename))
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = model.module if isinstance(model, BaseTTAModel) else model
+        load_converted(model, weights_of(content, filename))
         self._has_loaded = True
         self.logger.info(f"Load checkpoint from {filename}")
         return content

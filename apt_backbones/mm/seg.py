@@ -1,12 +1,17 @@
 """EVA-02 + UperNet in mmseg: what an encoder-decoder with an adaptive backbone does beyond mmseg's own."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+
+from .short_finetune import ShortFinetune
 
 
 @MODELS.register_module()
@@ -17,8 +22,12 @@ class APTEncoderDecoder(EncoderDecoder):
       the result is that of mmseg's one-by-one slide.
     - ``encode_decode`` pads its input to whole patches and cuts the logits back, so that they stay aligned with the
       pixels when a crop or an image is no multiple of the patch.
+    - Loading resamples positions of a model that was trained on crops of another size, and says so; a checkpoint of
+      another number of classes is refused unless ``new_classifier`` is set.
 
     Args:
+        new_classifier: keep this model's own, untrained classifiers where a checkpoint's have another number of
+            classes: the start of fine-tuning on another data set.
         test_cfg: mmseg's, with one more entry for mode "slide": ``token_budget``, the most tokens (CLS included)
             that go through the backbone at a time. A single crop may exceed it. None or absent: no limit.
         Others are mmseg's.
@@ -27,8 +36,11 @@ class APTEncoderDecoder(EncoderDecoder):
         ValueError: crops that are smaller than a patch, or strides that leave gaps between them.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, new_classifier: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.new_classifier = new_classifier
+        # Called by mmengine's way of loading, too.
+        self.register_load_state_dict_pre_hook(lambda model, state_dict, *_: model.adapt_state_dict(state_dict))
         patch = self.backbone.patch_size
         sizes = {"data_preprocessor.size": self.data_preprocessor.size}
         if self.test_cfg.get("mode") == "slide":
@@ -70,6 +82,32 @@ class APTEncoderDecoder(EncoderDecoder):
                 count[image, :, y : y + height, x : x + width] += 1
         return total / count
 
+    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Fit the positions and, if asked to, the classifiers of a whole model's weights to this model, in place.
+
+        Raises:
+            ValueError: the weights are those of another number of classes, and ``new_classifier`` is not set.
+        """
+        own = self.state_dict()
+        name, grid = "backbone.pos_embed", self.backbone.pretrain_grid
+        if name in state_dict and state_dict[name].shape[1] != own[name].shape[1]:
+            positions = resample_abs_pos_embed(
+                state_dict[name], [grid, grid], num_prefix_tokens=self.backbone.num_prefix, antialias=False
+            )
+            old_grid = math.isqrt(state_dict[name].shape[1] - self.backbone.num_prefix)
+            print_log(f"positions resampled from {old_grid} x {old_grid} to {grid} x {grid} patches", "current")
+            state_dict[name] = positions
+        for name in own:
+            if ".conv_seg." in name and name in state_dict and len(state_dict[name]) != len(own[name]):
+                classes = f"{len(state_dict[name])} classes, the model {len(own[name])}"
+                if not self.new_classifier:
+                    raise ValueError(
+                        f"{name} of the checkpoint has {classes}; set num_classes of the heads to the checkpoint's, "
+                        "or model.new_classifier=True to train new classifiers"
+                    )
+                print_log(f"{name} of the checkpoint has {classes}: left as it is in the model", "current")
+                state_dict[name] = own[name]
+
     def _pad(self, images: Tensor) -> Tensor:
         """To whole patches, two at least: the coarsest map of the pyramid halves the grid."""
         patch = self.backbone.patch_size
@@ -83,6 +121,11 @@ class APTEncoderDecoder(EncoderDecoder):
         if len(crops) * dense <= (self.test_cfg.get("token_budget") or float("inf")):
             return [dense] * len(crops)
         return backbone.layout(padded).images.lengths
+
+
+@MODELS.register_module()
+class ShortFinetuneEncoderDecoder(ShortFinetune, APTEncoderDecoder):
+    """``APTEncoderDecoder`` in which only ConvDown and ZeroMLP train; batch norm statistics stay as they are."""
 
 
 def pack(lengths: Sequence[int], budget: int | None) -> list[range]:

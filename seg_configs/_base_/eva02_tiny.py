@@ -1,7 +1,7 @@
-"""A network that trains on two CPU cores: EVA-02 + UperNet as the large ones, patch 8, crop 128."""
+"""A network that trains on two CPU cores: EVA-02 + UperNet as the large ones, patch 8, crop 112."""
 
 norm_cfg = dict(type="BN", requires_grad=True)
-crop_size = (128, 128)
+crop_size = (112, 112)
 model = dict(
     type="APTEncoderDecoder",
     data_preprocessor=dict(
@@ -15,8 +15,8 @@ model = dict(
     ),
     backbone=dict(
         type="APTEva02",
-        img_size=128,
-        pretrain_img_size=128,
+        img_size=112,
+        pretrain_img_size=112,
         patch_size=8,
         embed_dim=96,
         depth=6,
@@ -30,7 +30,7 @@ model = dict(
         in_channels=[96, 96, 96, 96],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
-        channels=32,
+        channels=24,
         dropout_ratio=0.1,
         num_classes=7,
         norm_cfg=norm_cfg,
@@ -41,7 +41,7 @@ model = dict(
         type="FCNHead",
         in_channels=96,
         in_index=2,
-        channels=32,
+        channels=24,
         num_convs=1,
         concat_input=False,
         dropout_ratio=0.1,
@@ -51,5 +51,5 @@ model = dict(
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(85, 85), token_budget=4096),
+    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(75, 75), token_budget=4096),
 )

@@ -1,4 +1,4 @@
-"""PhotoShapes (tools/make_photoshapes.py) for segmentation: background and six shapes; images scaled to 256 pixels."""
+"""PhotoShapes (tools/make_photoshapes.py) for segmentation: background and six shapes; images scaled to 224 pixels."""
 
 data_root = "data/photoshapes"
 dataset = dict(
@@ -22,21 +22,21 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="CheckSegMap", num_classes=7),
-    dict(type="RandomResize", scale=(256, 256), ratio_range=(0.7, 1.4), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(128, 128), cat_max_ratio=0.85),
+    dict(type="RandomResize", scale=(224, 224), ratio_range=(0.7, 1.4), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(112, 112), cat_max_ratio=0.85),
     dict(type="RandomFlip", prob=0.5),
     dict(type="RandomFlip", prob=0.5, direction="vertical"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(256, 256), keep_ratio=True),
+    dict(type="Resize", scale=(224, 224), keep_ratio=True),
     dict(type="LoadAnnotations"),
     dict(type="CheckSegMap", num_classes=7),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(

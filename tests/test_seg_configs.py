@@ -1,0 +1,203 @@
+"""seg_configs: every file describes the network that it says, trains a step and tests an image, also by mmseg's tools."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import mmseg
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.registry import RUNNERS, init_default_scope
+from mmseg.registry import MODELS
+from PIL import Image
+
+from apt_backbones.freeze import is_new
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "seg_configs").glob("*.py"))
+ADE20K = [path for path in CONFIGS if "photoshapes" not in path.stem]
+PHOTOSHAPES = [path for path in CONFIGS if "photoshapes" in path.stem]
+MM_TOOLS = Path(mmseg.__file__).parent / ".mim" / "tools"
+CROP = 64
+
+
+def names(paths):
+    return [path.stem for path in paths]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Four images and masks in ADE20K's layout, noisy on the left and smooth on the right; ids up to seven classes."""
+    root, rng = tmp_path_factory.mktemp("seg_data"), np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(2):
+            image = np.full((96, 130, 3), 128, np.uint8)
+            image[:, :70] = rng.integers(0, 256, (96, 70, 3))
+            mask = np.ones((96, 130), np.uint8)
+            mask[20:60, 20 + 30 * index : 90] = 2 + 5 * index
+            Image.fromarray(image).save(root / "images" / split / f"{index}.jpg")
+            Image.fromarray(mask).save(root / "annotations" / split / f"{index}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _plain_config_text(monkeypatch):
+    """mmengine formats every config for its log, a second each time."""
+    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: str(cfg.to_dict())))
+
+
+def small(path: Path, data: Path, work_dir: Path) -> Config:
+    """A config at a scale for tests: narrow, crops of 64 pixels, the images above, two iterations, on the CPU."""
+    cfg = Config.fromfile(path)
+    cfg.work_dir = str(work_dir)
+    cfg.load_from = None
+    model = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
+    model.data_preprocessor.size = (CROP, CROP)
+    model.backbone.update(img_size=CROP, pretrain_img_size=CROP, embed_dim=48, num_heads=3)
+    model.backbone.update(depth=4, out_indices=(0, 1, 2, 3))
+    model.neck.embed_dim = 48
+    model.decode_head.update(in_channels=[48] * 4, channels=16)
+    model.auxiliary_head.update(in_channels=48, channels=16)
+    model.test_cfg.update(crop_size=(CROP, CROP), stride=(43, 43))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data)
+        shrink_pipeline(loader.dataset.pipeline)
+    cfg.train_dataloader.batch_size = 2
+    cfg.optim_wrapper.type = "OptimWrapper"
+    cfg.optim_wrapper.pop("loss_scale", None)
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.default_hooks.checkpoint.interval = 2
+    return cfg
+
+
+def shrink_pipeline(pipeline) -> None:
+    for step in pipeline:
+        if isinstance(step, (list, tuple)):
+            shrink_pipeline(step)
+        elif step["type"] == "TestTimeAug":
+            shrink_pipeline(step["transforms"])
+        elif "scale" in step:
+            step["scale"] = (CROP * 4, CROP)
+        elif "crop_size" in step:
+            step["crop_size"] = (CROP, CROP)
+
+
+def new_weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+
+
+# ------------------------------------------------------------------------------------------- what they describe
+
+
+@pytest.mark.parametrize("path", ADE20K, ids=names(ADE20K))
+def test_ade20k_models_are_the_published_ones(path):
+    cfg = Config.fromfile(path)
+    init_default_scope("mmseg")
+    model_cfg = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
+    with torch.device("meta"):
+        model = MODELS.build(model_cfg)
+    size, letter = path.stem.split("_")[3], path.stem.split("_")[1]
+    crop = int(size)
+    name = {"b": "eva02_base_patch14_448", "l": "eva02_large_patch14_448"}[letter]
+    with torch.device("meta"):
+        reference = timm.create_model(name, img_size=crop, patch_size=16, num_classes=0)
+    shapes = {k: v.shape for k, v in model.backbone.state_dict().items() if not is_new(k)}
+    expected = {k: v.shape for k, v in reference.state_dict().items() if not k.startswith(("fc_norm", "norm", "head"))}
+    assert shapes == expected
+    assert tuple(model.test_cfg.crop_size) == (crop, crop) and model.num_classes == 150
+    assert (model.decode_head.channels, model.auxiliary_head.channels) == {
+        ("b", 512): (768, 256),
+        ("l", 512): (1024, 256),
+        ("l", 640): (1536, 1536),
+    }[letter, crop]
+    variant = path.stem.split("_")[2]
+    assert model.backbone.thresholds == ({} if variant == "dense" else {32: 5.75})
+    assert model.backbone.merge == ("apt" if variant == "dense" else variant)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_adaptive_configs_short_finetune_and_the_others_do_not(path):
+    cfg = Config.fromfile(path)
+    model = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
+    is_apt = "_apt_" in path.stem
+    assert model.type == ("ShortFinetuneEncoderDecoder" if is_apt else "APTEncoderDecoder")
+    if is_apt:
+        dense = Config.fromfile(path.with_name(path.name.replace("_apt_", "_dense_")))
+        # 5 % of the iterations at a tenth of the learning rate, all else the same.
+        assert cfg.train_cfg.max_iters * 20 == dense.train_cfg.max_iters
+        assert cfg.optim_wrapper.optimizer.pop("lr") * 10 == pytest.approx(dense.optim_wrapper.optimizer.pop("lr"))
+        assert cfg.optim_wrapper == dense.optim_wrapper
+        assert cfg.train_dataloader == dense.train_dataloader
+        assert [scheduler.type for scheduler in cfg.param_scheduler] == ["LinearLR", "PolyLR"]
+        assert cfg.param_scheduler[1].end == cfg.train_cfg.max_iters
+
+
+# ------------------------------------------------------------------------------------------- that they run
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_trains_and_slides_at_a_small_scale(path, data, tmp_path):
+    cfg = small(path, data, tmp_path)
+    is_multi_scale = cfg.model.type == "SegTTAModel"
+    runner = RUNNERS.build(cfg)
+    if not is_multi_scale:
+        runner.train()
+    metrics = runner.test()
+    assert 0 <= metrics["mIoU"] <= 100
+    if "dense" in path.stem:
+        assert metrics["content_kept"] == 1
+    else:
+        assert metrics["content_kept"] < 1
+    model = runner.model.module if is_multi_scale else runner.model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if "_apt_" in path.stem:
+        assert trained and all(is_new(name) for name in trained)
+    else:
+        assert len(trained) == len(list(model.parameters()))
+
+
+def test_short_finetuning_changes_the_new_layers_only(data, tmp_path):
+    dense = RUNNERS.build(small(ROOT / "seg_configs/eva02_tiny_dense_photoshapes.py", data, tmp_path / "dense"))
+    dense.train()
+    cfg = small(ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py", data, tmp_path / "apt")
+    cfg.load_from = str(tmp_path / "dense/iter_2.pth")
+    cfg.optim_wrapper.optimizer.lr = 1e-3
+    cfg.param_scheduler = []
+    RUNNERS.build(cfg).train()
+    before, after = new_weights(tmp_path / "dense/iter_2.pth"), new_weights(tmp_path / "apt/iter_2.pth")
+    assert {name for name in after if name not in before} == {name for name in after if is_new(name)}
+    assert any(name.endswith("running_mean") for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert after["backbone.adaptive_embed.zero_mlp.weight"].abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------- mmseg's own tools
+
+
+def run_script(monkeypatch, tool: str, *arguments) -> None:
+    """Run a script of mmseg's package as a program."""
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+    runpy.run_path(str(MM_TOOLS / tool), run_name="__main__")
+
+
+def test_mmsegs_own_train_and_test_run_the_configs_unchanged(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
+    options = ["--cfg-options", "load_from=None", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
+    options += ["default_hooks.checkpoint.interval=2"]
+    options += [f"{split}_dataloader.dataset.data_root={data}" for split in ("train", "val", "test")]
+    run_script(monkeypatch, "train.py", config, "--work-dir", tmp_path / "train", *options)
+    run_script(monkeypatch, "test.py", config, tmp_path / "train/iter_2.pth", "--work-dir", tmp_path / "test", *options)
+    lines = next((tmp_path / "train").glob("*/vis_data/scalars.json")).read_text().splitlines()
+    (validated,) = (json.loads(line) for line in lines if "mIoU" in line)
+    (tested,) = (json.loads(path.read_text()) for path in (tmp_path / "test").glob("*/*.json"))
+    for name in ("mIoU", "aAcc", "border/mIoU", "content_kept"):
+        assert tested[name] == pytest.approx(validated[name]), name
