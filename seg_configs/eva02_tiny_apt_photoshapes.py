@@ -1,11 +1,11 @@
 """Adaptive patches on PhotoShapes, short fine-tuned from the dense model."""
 
 _base_ = "eva02_tiny_dense_photoshapes.py"
-model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={16: 4.0}))
-optim_wrapper = dict(optimizer=dict(lr=1e-4))
+model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={8: 4.0}))
+optim_wrapper = dict(optimizer=dict(lr=3e-4))
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=5),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=5, end=100),
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=10),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=10, end=250),
 ]
-train_cfg = dict(max_iters=100, val_interval=100)
-load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_2000.pth"
+train_cfg = dict(max_iters=250, val_interval=250)
+load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_5000.pth"

@@ -1,4 +1,4 @@
-"""seg_configs: every file describes the network that it says, trains a step and tests an image, also by mmseg's tools."""
+"""seg_configs: every file describes the network it names, trains a step and tests an image, also by mmseg's tools."""
 
 import json
 import runpy
@@ -192,7 +192,7 @@ def test_mmsegs_own_train_and_test_run_the_configs_unchanged(data, tmp_path, mon
     monkeypatch.chdir(ROOT)
     config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
     options = ["--cfg-options", "load_from=None", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
-    options += ["default_hooks.checkpoint.interval=2"]
+    options += ["default_hooks.checkpoint.interval=2", "visualizer.name=of_this_test"]
     options += [f"{split}_dataloader.dataset.data_root={data}" for split in ("train", "val", "test")]
     run_script(monkeypatch, "train.py", config, "--work-dir", tmp_path / "train", *options)
     run_script(monkeypatch, "test.py", config, tmp_path / "train/iter_2.pth", "--work-dir", tmp_path / "test", *options)

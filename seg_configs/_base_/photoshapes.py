@@ -1,4 +1,4 @@
-"""PhotoShapes (tools/make_photoshapes.py) for segmentation: background and six shapes; images scaled to 224 pixels."""
+"""PhotoShapes (tools/make_photoshapes.py) for segmentation: background and six shapes; images scaled to 112 pixels."""
 
 data_root = "data/photoshapes"
 dataset = dict(
@@ -22,21 +22,21 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="CheckSegMap", num_classes=7),
-    dict(type="RandomResize", scale=(224, 224), ratio_range=(0.7, 1.4), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(112, 112), cat_max_ratio=0.85),
+    dict(type="RandomResize", scale=(112, 112), ratio_range=(0.7, 1.4), keep_ratio=True, backend="pillow"),
+    dict(type="RandomCrop", crop_size=(80, 80), cat_max_ratio=0.8),
     dict(type="RandomFlip", prob=0.5),
     dict(type="RandomFlip", prob=0.5, direction="vertical"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(224, 224), keep_ratio=True),
+    dict(type="Resize", scale=(112, 112), keep_ratio=True, backend="pillow"),
     dict(type="LoadAnnotations"),
     dict(type="CheckSegMap", num_classes=7),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
