@@ -4,8 +4,8 @@ _base_ = "eva02_tiny_dense_photoshapes.py"
 model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={8: 4.0}))
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=10),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=10, end=250),
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=5),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=5, end=120),
 ]
-train_cfg = dict(max_iters=250, val_interval=250)
-load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_5000.pth"
+train_cfg = dict(max_iters=120, val_interval=120)
+load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_2400.pth"

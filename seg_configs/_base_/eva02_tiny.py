@@ -2,7 +2,6 @@
 
 norm_cfg = dict(type="BN", requires_grad=True)
 crop_size = (80, 80)
-class_weight = [0.4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]  # background is nine pixels of ten
 model = dict(
     type="APTEncoderDecoder",
     data_preprocessor=dict(
@@ -33,10 +32,10 @@ model = dict(
         pool_scales=(1, 2, 3, 6),
         channels=32,
         dropout_ratio=0.1,
-        num_classes=7,
+        num_classes=2,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0, class_weight=class_weight),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=dict(
         type="FCNHead",
@@ -46,10 +45,10 @@ model = dict(
         num_convs=1,
         concat_input=False,
         dropout_ratio=0.1,
-        num_classes=7,
+        num_classes=2,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4, class_weight=class_weight),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode="slide", crop_size=crop_size, stride=(53, 53), token_budget=4096),

@@ -1,38 +1,22 @@
-"""PhotoShapes (tools/make_photoshapes.py) for segmentation: background and six shapes; images scaled to 112 pixels."""
+"""PhotoShapes (tools/make_photoshapes.py) for segmentation: shapes against background; images scaled to 160 pixels."""
 
 data_root = "data/photoshapes"
-dataset = dict(
-    type="BaseSegDataset",
-    data_root=data_root,
-    reduce_zero_label=True,
-    metainfo=dict(
-        classes=("background", "circle", "square", "triangle", "star", "ring", "cross"),
-        palette=[
-            [128, 128, 128],
-            [220, 50, 47],
-            [38, 139, 210],
-            [133, 153, 0],
-            [181, 137, 0],
-            [211, 54, 130],
-            [42, 161, 152],
-        ],
-    ),
-)
+dataset = dict(type="PhotoShapesDataset", data_root=data_root)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="CheckSegMap", num_classes=7),
-    dict(type="RandomResize", scale=(112, 112), ratio_range=(0.7, 1.4), keep_ratio=True, backend="pillow"),
-    dict(type="RandomCrop", crop_size=(80, 80), cat_max_ratio=0.8),
+    dict(type="CheckSegMap", num_classes=2),
+    dict(type="RandomResize", scale=(160, 160), ratio_range=(0.7, 1.4), keep_ratio=True, backend="pillow"),
+    dict(type="RandomCrop", crop_size=(80, 80)),
     dict(type="RandomFlip", prob=0.5),
     dict(type="RandomFlip", prob=0.5, direction="vertical"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(112, 112), keep_ratio=True, backend="pillow"),
+    dict(type="Resize", scale=(160, 160), keep_ratio=True, backend="pillow"),
     dict(type="LoadAnnotations"),
-    dict(type="CheckSegMap", num_classes=7),
+    dict(type="CheckSegMap", num_classes=2),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
