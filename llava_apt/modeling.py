@@ -26,9 +26,9 @@ class LlavaAptModel(LlavaModel):
     def get_image_features(
         self,
         pixel_values: Tensor,
-        patch_sides: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        patch_sides: Tensor | None = None,
         **kwargs,
     ) -> PackedVisionOutput:
         """The tower's output; ``pooler_output`` is a list with each image's projected tokens (n_i, D), raster order.
@@ -75,11 +75,11 @@ class LlavaAptModel(LlavaModel):
             vision_feature_layer=vision_feature_layer, vision_feature_select_strategy=vision_feature_select_strategy
         )
         if pixel_values is not None:
-            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, patch_sides, **features)}
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, patch_sides=patch_sides, **features)}
         image = (mm_encoder_outputs or {}).get("image")
         if image is not None:
             self._check_placeholders(input_ids, inputs_embeds, [len(tokens) for tokens in image.pooler_output])
-        elif self.training and torch.is_grad_enabled() and self._trains_image_path():
+        elif torch.is_grad_enabled() and self._trains_image_path():
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             inputs_embeds = inputs_embeds + self._no_image(features).to(inputs_embeds.device, inputs_embeds.dtype)

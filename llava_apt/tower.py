@@ -103,7 +103,7 @@ class AptClipVisionModel(CLIPVisionModel):
         pixel_values = pixel_values.to(self.dtype)
         x_TD = self.adaptive_embed(pixel_values, layout, self.embeddings.patch_embedding, self._positions())
         class_embedding = self.embeddings.class_embedding + self.embeddings.position_embedding.weight[0]
-        x_TD = torch.where((layout.side_T == 0)[:, None], class_embedding.to(x_TD.dtype), x_TD)
+        x_TD = torch.where((layout.side_T == 0)[:, None], class_embedding, x_TD.to(class_embedding.dtype))
         x_1TD = self.pre_layrnorm(x_TD[None])
         x_1TD = self.encoder(inputs_embeds=x_1TD, segments=layout.images, **kwargs).last_hidden_state
         class_BD = self.post_layernorm(x_1TD[0, layout.images.cu_seqlens[:-1].long()])
@@ -138,7 +138,7 @@ class AptClipVisionModel(CLIPVisionModel):
             ) from error
 
     def _positions(self) -> Tensor:
-        """Absolute positions of the base cells (1, D, H, W)."""
-        positions_ND = self.embeddings.position_embedding.weight[1:]
+        """Absolute positions of the base cells (1, D, H, W); float32, because CPUs resample nothing less."""
+        positions_ND = self.embeddings.position_embedding.weight[1:].float()
         side = self.config.image_size // self.config.patch_size
         return positions_ND.unflatten(0, (side, side)).permute(2, 0, 1)[None]
