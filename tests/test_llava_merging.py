@@ -266,7 +266,7 @@ def one_by_one(model, processor, texts, images, **settings):
 def test_generate_batch_equals_one_by_one(mixed, settings):
     model, processor, texts, images = mixed
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "disable_compile": True, **settings}
-    inputs = inputs_of(processor, texts, sum(images, []))
+    inputs = inputs_of(processor, texts, [picture for row in images for picture in row])
     together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
     for row, alone in zip(together, one_by_one(*mixed, **settings), strict=True):
         assert torch.equal(row, alone[0])
@@ -274,7 +274,7 @@ def test_generate_batch_equals_one_by_one(mixed, settings):
 
 def test_sampling_returns_several_sequences(mixed):
     model, processor, texts, images = mixed
-    inputs = inputs_of(processor, texts, sum(images, []))
+    inputs = inputs_of(processor, texts, [picture for row in images for picture in row])
     out = model.generate(**inputs, do_sample=True, num_return_sequences=2, max_new_tokens=4, min_new_tokens=4)
     assert out.shape == (6, inputs["input_ids"].shape[1] + 4)
 

@@ -1,0 +1,229 @@
+"""Short fine-tune of LLaVA with adaptive patches (APT, section 3.4): ``python -m llava_apt.finetune --help``."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import get_last_checkpoint
+
+from apt_backbones import freeze_host
+from apt_backbones.freeze import is_new
+
+from .data import LlavaCollator, LlavaDataset, ModalityGroupedSampler, read_records, subset
+from .modeling import LlavaAptForConditionalGeneration
+from .new_layers import save_new_layers
+from .processing import LlavaAptProcessor
+
+logger = logging.getLogger(__name__)
+
+LORA = dict(r=128, lora_alpha=256, lora_dropout=0.05)  # LLaVA's own
+REPORTED_IDS = 10
+
+
+class LlavaTrainer(Trainer):
+    """``Trainer`` with LLaVA's modality-grouped order, and the number of tokens per image in the log."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._image_tokens = torch.zeros(2, dtype=torch.float64)  # tokens, images since the last log
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = train_dataset or self.train_dataset
+        megabatch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalityGroupedSampler(dataset.lengths, dataset.has_image, megabatch, self.args.seed)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if (sides := inputs.get("patch_sides")) is not None:
+            config = self.accelerator.unwrap_model(model).config
+            tokens = sides.numel()
+            if config.image_tokens == "merged":
+                tokens = float((config.vision_config.patch_size / sides[sides > 0].double()).square().sum())
+            self._image_tokens += torch.tensor([tokens, len(sides)])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            counts = self.accelerator.reduce(self._image_tokens.float().to(self.args.device))
+            logs["tokens_per_image"] = round(float(counts[0] / counts[1].clamp(min=1)), 1)
+            self._image_tokens.zero_()
+        super().log(logs, *args, **kwargs)
+
+
+def make_trainable(model: LlavaAptForConditionalGeneration, train: str) -> nn.Module:
+    """Freeze all but the new layers, and what ``train`` adds to them: "projector" or "lora" (the language model's
+    linear layers, as LLaVA does it). Returns the model, wrapped by peft for "lora"."""
+    freeze_host(model)
+    if train == "projector":
+        model.model.multi_modal_projector.requires_grad_(True)
+    if train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        layers = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
+        model = get_peft_model(model, LoraConfig(target_modules=layers, task_type="CAUSAL_LM", **LORA))
+        for name, parameter in model.named_parameters():
+            if is_new(name):
+                parameter.requires_grad_(True)
+    return recompute_in_eval_mode(model)
+
+
+def recompute_in_eval_mode(model: nn.Module) -> nn.Module:
+    """transformers' activation checkpointing acts on layers in training mode only, and frozen layers are kept in
+    eval mode: mark the layers, but nothing within them, as training."""
+    set_mode = model.train
+
+    def train(mode: bool = True) -> nn.Module:
+        set_mode(mode)
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return model
+
+    model.train = train
+    return model
+
+
+def report_bad(dataset: LlavaDataset, output_dir: Path, strict: bool) -> None:
+    """Count and name the records that were left out or cut; all of them go to ``bad_records.json``.
+
+    Raises:
+        ValueError: strict, and a record was left out.
+    """
+    kinds = Counter(record.reason.split(":")[0] for record in dataset.bad)
+    for record in dataset.bad[:REPORTED_IDS]:
+        logger.warning("left out %s: %s", record.id, record.reason)
+    if dataset.bad:
+        logger.warning("left out %d records; all ids in %s", sum(kinds.values()), output_dir / "bad_records.json")
+    if dataset.cut:
+        shown = ", ".join(dataset.cut[:REPORTED_IDS])
+        logger.warning("cut %d over-long conversations at the end, among them %s", len(dataset.cut), shown)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = output_dir / ".bad_records.json"
+    report = {"left_out": [vars(record) for record in dataset.bad], "cut": dataset.cut}
+    unfinished.write_text(json.dumps(report, indent=1))
+    os.replace(unfinished, output_dir / "bad_records.json")
+    if strict and dataset.bad:
+        raise ValueError(f"{len(dataset.bad)} bad records, the first {dataset.bad[0].id}: {dataset.bad[0].reason}")
+
+
+def threshold(text: str) -> tuple[int, float]:
+    size, _, value = text.partition("=")
+    return int(size), float(value)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_apt.finetune",
+        description="Short fine-tune of LLaVA-1.5 with adaptive patches: only the new layers train, on 5 % of LLaVA's "
+        "data. The defaults are the paper's.",
+        epilog="Every option of transformers.TrainingArguments is accepted as well, for instance --fsdp, --deepspeed, "
+        "--save_steps 50 or --use_cpu. Several GPUs: put `accelerate launch` or `torchrun --nproc-per-node N` in "
+        "front. example: python -m llava_apt.finetune --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json "
+        "--image-folder images --output-dir llava-1.5-7b-apt",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="LLaVA-1.5 checkpoint in transformers' layout: hub name or folder")
+    add("--data", required=True, metavar="JSON", help="LLaVA's conversations")
+    add("--image-folder", required=True, metavar="DIR", help="folder that the data's image paths are relative to")
+    add("--output-dir", required=True, metavar="DIR", help="for checkpoints and the result")
+    add("--fraction", type=float, default=0.05, help="share of the data, images and text-only alike (%(default)s)")
+    what = (
+        "what trains beside the new layers: nothing (new), the projector, or LoRA in the language model (%(default)s)"
+    )
+    add("--train", choices=("new", "projector", "lora"), default="new", help=what)
+    size = "merge patches of this side below this entropy in bits; repeat for more sizes (28=5.75)"
+    add("--threshold", type=threshold, action="append", metavar="PIXELS=BITS", help=size)
+    add("--learning-rate", type=float, default=2e-6, help="peak, cosine afterwards (%(default)s)")
+    add("--total-batch-size", type=int, default=128, metavar="N", help="samples a step, over all GPUs (%(default)s)")
+    add("--device-batch-size", type=int, default=16, metavar="N", help="samples at once on a GPU (%(default)s)")
+    add("--max-length", type=int, default=2048, metavar="TOKENS", help="longer conversations are cut (%(default)s)")
+    add("--crop", action="store_true", help="crop images as the checkpoint says instead of LLaVA's square padding")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
+    add("--strict", action="store_true", help="stop at bad records instead of leaving them out")
+    return parser
+
+
+def training_arguments(args: argparse.Namespace, extra: list[str]) -> TrainingArguments:
+    """LLaVA's recipe, METHOD of the paper's short fine-tune; ``extra`` are TrainingArguments from the command line."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    accumulation, rest = divmod(args.total_batch_size, args.device_batch_size * world_size)
+    if rest or not accumulation:
+        raise ValueError(
+            f"--total-batch-size {args.total_batch_size} must be a multiple of --device-batch-size "
+            f"{args.device_batch_size} x {world_size} processes"
+        )
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    arguments = HfArgumentParser(TrainingArguments)
+    arguments.set_defaults(
+        output_dir=args.output_dir,
+        learning_rate=args.learning_rate,
+        per_device_train_batch_size=args.device_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=0.0,
+        bf16=half,
+        gradient_checkpointing=True,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_num_workers=4,
+        logging_steps=1,
+        save_steps=100,
+        save_total_limit=1,
+        report_to="none",
+    )
+    return arguments.parse_args_into_dataclasses(extra)[0]
+
+
+def finetune(args: argparse.Namespace, extra: list[str]) -> None:
+    """Train, and write the adapted model, its processor and the new layers alone to ``args.output_dir``."""
+    training = training_arguments(args, extra)
+    options = {"thresholds": dict(args.threshold)} if args.threshold else {}
+    crop = {} if args.crop else {"do_pad": True}
+    processor = LlavaAptProcessor.from_pretrained(args.model, **options, **crop)
+    records = subset(read_records(args.data), args.fraction)
+    dataset = LlavaDataset(records, args.image_folder, processor, args.max_length)
+    with training.main_process_first(desc="report of bad records"):
+        report_bad(dataset, Path(args.output_dir), args.strict)
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    model = LlavaAptForConditionalGeneration.from_pretrained(args.model, dtype=dtype, **options)
+    model.config.use_cache = False
+    model = make_trainable(model, args.train)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # so small a learning rate would be lost in bfloat16's rounding
+            parameter.data = parameter.data.float()
+    trainer = LlavaTrainer(
+        model, training, LlavaCollator(processor, args.max_length), dataset, processing_class=processor
+    )
+    last = get_last_checkpoint(args.output_dir) if args.resume else None
+    if args.resume and last is None:
+        logger.warning("nothing to resume in %s; starting at the beginning", args.output_dir)
+    trainer.train(resume_from_checkpoint=last)
+    report_bad(dataset, Path(args.output_dir), strict=False)
+    if args.train == "lora":
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.model.config.use_cache = True
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        save_new_layers(trainer.accelerator.unwrap_model(trainer.model), args.output_dir)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    args, extra = parser().parse_known_args()
+    try:
+        finetune(args, extra)
+    except (ValueError, OSError) as error:
+        sys.exit(f"llava_apt.finetune: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""Train a small dense LLaVA from scratch on PhotoShapes' questions, and save it as a stock transformers checkpoint.
+
+The vision tower is CLIP's, the language model Llama's, about two million parameters together. So that two CPU cores
+suffice, all questions of an image share one pass over it (each sees the image and itself, no other question), and
+the tower is told in passing which shape and colour each of its cells shows: that stands in for CLIP's pretraining.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+from llava_apt.data import read_records
+from llava_apt.prompt import IMAGE, SYSTEM
+
+PATCH, CELLS = 14, 12  # LLaVA's patch; the image's side is PATCH * CELLS pixels
+WIDTH, LAYERS, HEADS = 128, 4, 4
+MIN_COVER = 0.3  # of a cell, for it to count as showing an object
+IGNORED = -100
+
+logger = logging.getLogger("train_photoshapes_vqa")
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """One token per word of the texts. LLaVA's fixed system text is dropped: it would only cost time."""
+    special = ["<unk>", "<pad>", "<s>", "</s>", IMAGE]
+    splitter = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", behavior="isolated")]
+    )
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)} - set(special)
+    vocabulary = {word: i for i, word in enumerate([*special, "USER:", "ASSISTANT:", *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(SYSTEM, "")
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+    )
+
+
+def build(texts: list[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    tokenizer = build_tokenizer(texts)
+    side = PATCH * CELLS
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS + 1,  # LLaVA takes the last layer but one
+        num_attention_heads=HEADS,
+        image_size=side,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=CELLS**2,
+    )
+    image_processor = LlavaImageProcessor(
+        do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+class Scenes:
+    """Per image: pixels, what each cell shows, and all its questions with answers."""
+
+    def __init__(self, folder: Path, split: str, processor: LlavaProcessor):
+        self.folder, self.processor = folder, processor
+        questions = defaultdict(list)
+        for record in read_records(folder / f"vqa_{split}.json"):
+            question, answer = (message["value"] for message in record["conversations"])
+            questions[record["image"]].append((question.replace(IMAGE, "").strip(), answer))
+        self.questions = list(questions.items())
+        coco = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        self.colours = sorted({a["colour"] for a in coco["annotations"] if a["colour"]})
+        self.num_shapes = len(coco["categories"])
+        names = {image["id"]: f"images/{split}/{image['file_name']}" for image in coco["images"]}
+        self.objects = defaultdict(list)
+        for annotation in coco["annotations"]:
+            self.objects[names[annotation["image_id"]]].append(annotation)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int):
+        name, questions = self.questions[index]
+        with Image.open(self.folder / name) as image:
+            pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels, *self._cells(name), questions
+
+    def _cells(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(shape, colour) of the object that covers most of each cell; 0 for background or no named colour."""
+        shapes, colours = torch.zeros(2, CELLS, CELLS, dtype=torch.long)
+        most = torch.full((CELLS, CELLS), MIN_COVER)
+        for item in self.objects[name]:
+            mask = torch.from_numpy(coco_mask.decode(item["segmentation"]).astype(np.float32))
+            missing = max(mask.shape) - torch.tensor(mask.shape)
+            top, left = (missing // 2).tolist()
+            mask = F.pad(mask, (left, int(missing[1]) - left, top, int(missing[0]) - top))
+            cover = F.adaptive_avg_pool2d(mask[None], CELLS)[0]
+            here = cover > most
+            shapes[here] = item["category_id"]
+            colours[here] = self.colours.index(item["colour"]) + 1 if item["colour"] else 0
+            most = torch.maximum(most, cover)
+        return shapes.flatten(), colours.flatten()
+
+    def collate(self, items) -> dict[str, torch.Tensor]:
+        """Token rows ``<s> USER: <image>... question ASSISTANT: answer </s> question ...``; every question stands at
+        the position right behind the image, and sees the image and itself only."""
+        tokenizer = self.processor.tokenizer
+        prefix = tokenizer("USER: " + IMAGE * CELLS**2)["input_ids"]
+        rows = []
+        for *_, questions in items:
+            ids, labels, block, position = (
+                list(prefix),
+                [IGNORED] * len(prefix),
+                [0] * len(prefix),
+                [*range(len(prefix))],
+            )
+            for number, (question, answer) in enumerate(questions, start=1):
+                asked = tokenizer(f"{question} ASSISTANT:", add_special_tokens=False)["input_ids"]
+                told = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+                ids += asked + told
+                labels += [IGNORED] * len(asked) + told
+                block += [number] * len(asked + told)
+                position += range(len(prefix), len(prefix) + len(asked + told))
+            rows.append((ids, labels, block, position))
+        length = max(len(ids) for ids, *_ in rows)
+        fill = (tokenizer.pad_token_id, IGNORED, -1, 0)
+        ids, labels, block, position = (
+            torch.tensor([[*row[part], *[fill[part]] * (length - len(row[part]))] for row in rows]) for part in range(4)
+        )
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        sees = causal & ((block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0))
+        pixels, shapes, colours = (torch.stack([item[part] for item in items]) for part in range(3))
+        return {
+            "pixel_values": pixels,
+            "shapes": shapes,
+            "colours": colours,
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": position,
+            "attention_mask": torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None],
+        }
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    records = read_records(args.data / "vqa_training.json")
+    texts = [message["value"].replace(IMAGE, "") for record in records for message in record["conversations"]]
+    model, processor = build(texts)
+    scenes = Scenes(args.data, "training", processor)
+    cells_head = nn.Linear(WIDTH, scenes.num_shapes + 1 + len(scenes.colours) + 1)
+    parameters = [*model.parameters(), *cells_head.parameters()]
+    logger.info("%.2f million parameters, %d images", sum(p.numel() for p in model.parameters()) / 1e6, len(scenes))
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    loader = DataLoader(scenes, args.batch_size, shuffle=True, drop_last=True, collate_fn=scenes.collate)
+    model.train()
+    started, step, losses = time.time(), 0, []
+    while step < args.steps:
+        for batch in loader:
+            shapes, colours = batch.pop("shapes"), batch.pop("colours")
+            image = model.model.get_image_features(batch.pop("pixel_values"))
+            hidden = image.hidden_states[model.config.vision_feature_layer][:, 1:]
+            shape_logits, colour_logits = cells_head(hidden).split([scenes.num_shapes + 1, len(scenes.colours) + 1], -1)
+            cells = F.cross_entropy(shape_logits.flatten(0, 1), shapes.flatten())
+            cells = cells + F.cross_entropy(colour_logits.flatten(0, 1), colours.flatten())
+            answers = model(**batch, mm_encoder_outputs={"image": image}).loss
+            (answers + cells).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            losses.append((answers.item(), cells.item()))
+            if step % 50 == 0:
+                mean = torch.tensor(losses[-50:]).mean(0).tolist()
+                logger.info("step %d  answers %.3f  cells %.3f  %.0f s", step, *mean, time.time() - started)
+            if step == args.steps:
+                break
+    unfinished = args.destination.with_name(f".{args.destination.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.eval().save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    os.replace(unfinished, args.destination)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
+    parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
+    parser.add_argument("--steps", type=int, default=3000, help="(%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, cosine afterwards (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.destination.exists():
+        sys.exit(f"{parser.prog}: error: {args.destination} already exists; remove it or name another folder")
+    try:
+        train(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
