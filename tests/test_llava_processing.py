@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from apt_backbones import score_patches
 from llava_apt import AptClipVisionConfig, AptClipVisionModel, LlavaAptImageProcessor, LlavaAptProcessor
