@@ -28,4 +28,5 @@ setup(
     package_data={"llava_apt": ["eval_tasks/*"]},
     install_requires=["torch>=2.10", "timm>=1.0.31", "numpy", "safetensors", "matplotlib", "rich"],
     extras_require=EXTRAS,
+    entry_points={"lmms_eval.models": ["llava_apt = llava_apt.lmms_eval_plugin:MANIFEST"]},
 )
