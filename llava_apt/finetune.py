@@ -9,10 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from apt_backbones import freeze_host
 from apt_backbones.freeze import is_new
@@ -29,7 +31,9 @@ REPORTED_IDS = 10
 
 
 class LlavaTrainer(Trainer):
-    """``Trainer`` with LLaVA's modality-grouped order, and the number of tokens per image in the log."""
+    """``Trainer``; what changes: LLaVA's modality-grouped order, the number of tokens per image in the log, and
+    checkpoints that hold only what trains. (``Trainer`` writes whole models under the hub's names and resumes by the
+    module's, so that it would resume LLaVA with its initial weights.)"""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -55,6 +59,22 @@ class LlavaTrainer(Trainer):
             logs["tokens_per_image"] = round(float(counts[0] / counts[1].clamp(min=1)), 1)
             self._image_tokens.zero_()
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+            return super()._save(output_dir, state_dict)
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        trained = {name: state_dict[name].contiguous() for name in self._trained()}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(trained, Path(output_dir) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result):
+        lost = sorted(self._trained() & set(load_result.missing_keys)) + sorted(load_result.unexpected_keys)
+        if lost:
+            raise ValueError(f"the checkpoint is of a run with other trained layers, see {lost[0]}; use its --train")
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
 def make_trainable(model: LlavaAptForConditionalGeneration, train: str) -> nn.Module:
@@ -188,14 +208,13 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     training = training_arguments(args, extra)
     options = {"thresholds": dict(args.threshold)} if args.threshold else {}
     crop = {} if args.crop else {"do_pad": True}
-    processor = LlavaAptProcessor.from_pretrained(args.model, **options, **crop)
     records = subset(read_records(args.data), args.fraction)
+    processor = LlavaAptProcessor.from_pretrained(args.model, **options, **crop)
     dataset = LlavaDataset(records, args.image_folder, processor, args.max_length)
     with training.main_process_first(desc="report of bad records"):
         report_bad(dataset, Path(args.output_dir), args.strict)
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = LlavaAptForConditionalGeneration.from_pretrained(args.model, dtype=dtype, **options)
-    model.config.use_cache = False
     model = make_trainable(model, args.train)
     for parameter in model.parameters():
         if parameter.requires_grad:  # so small a learning rate would be lost in bfloat16's rounding
@@ -210,7 +229,6 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     report_bad(dataset, Path(args.output_dir), strict=False)
     if args.train == "lora":
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    trainer.model.config.use_cache = True
     trainer.save_model()
     if trainer.is_world_process_zero():
         save_new_layers(trainer.accelerator.unwrap_model(trainer.model), args.output_dir)

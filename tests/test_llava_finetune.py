@@ -1,0 +1,201 @@
+"""The short fine-tune, run as a user runs it, on a tiny random LLaVA: what changes, what is logged, what resumes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from apt_backbones.freeze import is_new
+from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers
+from llava_apt.finetune import finetune, make_trainable, parser, training_arguments
+
+from .llava_tiny import photo, save_hub_checkpoint
+
+ON_CPU = ["--use_cpu", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
+THRESHOLD = ["--threshold", "28=2"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A stock checkpoint and data: 20 records with images, 8 without, 2 bad ones."""
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "model").mkdir()
+    save_hub_checkpoint(folder / "model")
+    records = []
+    for index in range(28):
+        image = {"image": f"{index}.png"} if index < 20 else {}
+        if image:
+            photo(index, size=(120, 90)).save(folder / image["image"])
+        question = "<image>\nwhat is this ?" if image else "what is a cat ?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ("a cat", "a dog")[index % 2]}]
+        records.append({"id": f"r{index}", **image, "conversations": turns})
+    records.insert(3, {**records[0], "id": "lost", "image": "lost.png"})
+    records.insert(9, {**records[0], "id": "mute", "conversations": []})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def options(task, output, *more, batch=4) -> list[str]:
+    data = ["--data", task / "data.json", "--image-folder", task, "--model", task / "model", "--output-dir", output]
+    sizes = ["--fraction", "1", "--total-batch-size", batch, "--device-batch-size", "2", "--learning-rate", "1e-2"]
+    return [str(part) for part in (*data, *sizes, *THRESHOLD, *ON_CPU, *more)]
+
+
+def run(task, output, *more):
+    finetune(*parser().parse_known_args(options(task, output, *more)))
+
+
+def log_of(checkpoint):
+    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    run(task, output, "--save_steps", "3", "--save_total_limit", "5")
+    return output
+
+
+def test_only_the_new_layers_change(task, finished):
+    before = load_file(task / "model" / "model.safetensors")
+    after = load_file(finished / "model.safetensors")
+    new = {name for name in after if is_new(name)}
+    assert len(new) == 4
+    stock = LlavaAptForConditionalGeneration.from_pretrained(task / "model", thresholds={28: 2})
+    tuned = LlavaAptForConditionalGeneration.from_pretrained(finished)
+    assert len(before) + len(new) == len(after)
+    for (name, old), (_, changed) in zip(stock.named_parameters(), tuned.named_parameters(), strict=True):
+        assert torch.equal(old, changed) != is_new(name), name
+
+
+def test_the_result_loads_as_a_whole_and_as_new_layers_only(task, finished):
+    tuned = LlavaAptForConditionalGeneration.from_pretrained(finished).eval()
+    assert tuned.config.text_config.use_cache and tuned.config.vision_config.thresholds == {28: 2.0}
+    stock = LlavaAptForConditionalGeneration.from_pretrained(task / "model", thresholds={28: 2}).eval()
+    load_new_layers(stock, finished)
+    processor = LlavaAptProcessor.from_pretrained(finished)
+    assert processor.image_processor.do_pad  # LLaVA's, not the checkpoint's crop
+    inputs = processor(images=photo(), text="USER: <image> what ? ASSISTANT:", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(stock(**inputs).logits, tuned(**inputs).logits)
+
+
+def test_tokens_per_image_are_logged(finished):
+    steps = [entry for entry in log_of(finished / "checkpoint-6") if "loss" in entry]
+    assert len(steps) == 6
+    counts = [entry["tokens_per_image"] for entry in steps]
+    assert any(16 <= count < 64 for count in counts) and all(count in (0, *range(65)) or count < 64 for count in counts)
+
+
+def test_bad_records_are_reported_and_abort_only_when_asked(task, finished, tmp_path):
+    report = json.loads((finished / "bad_records.json").read_text())
+    assert [(record["id"], record["reason"].split(" ")[0]) for record in report["left_out"]] == [
+        ("lost", "missing"),
+        ("mute", "roles"),
+    ]
+    with pytest.raises(ValueError, match="2 bad records, the first lost: missing image"):
+        run(task, tmp_path, "--strict")
+
+
+def test_resuming_ends_where_the_uninterrupted_run_ends(task, finished, tmp_path):
+    shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
+    assert {name for name in load_file(tmp_path / "checkpoint-3" / "model.safetensors")} == {
+        name for name in load_file(finished / "apt_new_layers.safetensors")
+    }
+    run(task, tmp_path, "--save_steps", "3", "--resume")
+    expected = [entry for entry in log_of(finished / "checkpoint-7") if "loss" in entry]
+    resumed = [entry for entry in log_of(tmp_path / "checkpoint-7") if "loss" in entry]
+    assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in expected]
+    for name, tensor in load_file(finished / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
+
+
+def test_resuming_with_other_layers_is_refused(task, finished, tmp_path):
+    shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"other trained layers, see model\.multi_modal_projector"):
+        run(task, tmp_path, "--train", "projector", "--resume")
+
+
+@pytest.mark.parametrize("train", ["projector", "lora"])
+def test_what_else_can_train(task, tmp_path, train):
+    run(task, tmp_path, "--train", train, "--max_steps", "2")
+    before = LlavaAptForConditionalGeneration.from_pretrained(task / "model", thresholds={28: 2})
+    after = LlavaAptForConditionalGeneration.from_pretrained(tmp_path)
+    changed = set()
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        if not torch.equal(old, new):
+            changed.add("new" if is_new(name) else name.split(".")[1])
+    assert changed == {"new", "multi_modal_projector" if train == "projector" else "language_model"}
+
+
+def test_activation_checkpointing_reaches_the_frozen_layers(task):
+    model = LlavaAptForConditionalGeneration.from_pretrained(task / "model", thresholds={28: 2})
+    model = make_trainable(model, "new").train()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == 5 and all(layer.training for layer in layers)
+    assert not any(child.training for layer in layers for child in layer.children())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_defaults_are_the_papers():
+    args, extra = parser().parse_known_args(["--model", "m", "--data", "d", "--image-folder", "i", "--output-dir", "o"])
+    training = training_arguments(args, ["--use_cpu"])
+    assert args.fraction == 0.05 and training.learning_rate == 2e-6 and training.num_train_epochs == 1
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 128
+    assert (training.lr_scheduler_type, training.warmup_steps, training.weight_decay) == ("cosine", 0.03, 0.0)
+    assert args.max_length == 2048 and training.gradient_checkpointing and not extra
+    args.total_batch_size = 100
+    with pytest.raises(ValueError, match="must be a multiple of --device-batch-size 16 x 1 processes"):
+        training_arguments(args, [])
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    command = [sys.executable, "-m", "llava_apt.finetune", "--model", "m", "--image-folder", "i", "--output-dir", "o"]
+    result = subprocess.run([*command, "--data", str(tmp_path / "no.json")], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("llava_apt.finetune: error:")
+
+
+# ---------------------------------------------------------------------------------------- several processes
+
+
+def launch(task, output, *more) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "llava_apt.finetune", *options(task, output, "--ddp_backend", "gloo", *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_survive_being_killed(task, finished, tmp_path):
+    """Text-only and image batches, 2 x 2 samples a step instead of 1 x 2 x 2 accumulated: the same losses; a run that
+    is killed behind its first checkpoint and resumed ends with the same tensors."""
+    whole = launch(task, tmp_path / "whole", "--save_steps", "3", "--save_total_limit", "5")
+    assert whole.wait(timeout=600) == 0, whole.stderr.read()
+    single = [entry["loss"] for entry in log_of(finished / "checkpoint-7") if "loss" in entry]
+    double = [entry["loss"] for entry in log_of(tmp_path / "whole" / "checkpoint-7") if "loss" in entry]
+    assert double == pytest.approx(single, rel=1e-3)
+
+    killed = launch(task, tmp_path / "killed", "--save_steps", "1")
+    deadline = time.time() + 300
+    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+        assert time.time() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    steps = [int(re.search(r"\d+$", path.name)[0]) for path in (tmp_path / "killed").glob("checkpoint-*")]
+    assert max(steps) < 7
+    resumed = launch(task, tmp_path / "killed", "--save_steps", "1", "--resume")
+    assert resumed.wait(timeout=600) == 0, resumed.stderr.read()
+    expected, result = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "killed"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(result[name], tensor, rtol=1e-5, atol=1e-6)
