@@ -74,6 +74,7 @@ class LlavaAptSimple(lmms):
             self.model.to(self._device)
         self.processor = LlavaAptProcessor.from_pretrained(pretrained, **options, **crop)
         self.processor.tokenizer.padding_side = "left"
+        self._new_tokens, self._image_tokens, self._images = 0, 0, 0  # since the last call
 
     @property
     def tokenizer(self):
@@ -90,7 +91,7 @@ class LlavaAptSimple(lmms):
         for group in groups.values():
             for batch in self._batches(group, size=lambda item: len(item[1])):
                 indices, texts, images, settings = zip(*batch)
-                for index, (text, length) in zip(indices, self._generate(texts, images, dict(settings[0]))):
+                for index, (text, length) in zip(indices, self.answer(texts, images, dict(settings[0]))):
                     results[index] = GenerationResult(text, TokenCounts(output_tokens=length))
         self._report()
         return results
@@ -138,7 +139,8 @@ class LlavaAptSimple(lmms):
         return inputs.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def _generate(self, texts, images, settings: dict) -> list[tuple[str, int]]:
+    def answer(self, texts, images, settings: dict) -> list[tuple[str, int]]:
+        """Answer and its number of tokens for each prompt and list of images of one batch."""
         until = settings.pop("until", [])
         until = [until] if isinstance(until, str) else list(until)
         settings = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0, "top_p": None, **settings}
@@ -171,7 +173,8 @@ class LlavaAptSimple(lmms):
         return scores
 
     def _start(self, samples: int, what: str) -> None:
-        self._samples, self._new_tokens, self._image_tokens, self._images = samples, 0, 0, 0
+        self._samples = samples
+        self._new_tokens, self._image_tokens, self._images = 0, 0, 0
         self._progress = tqdm(total=samples, desc=f"llava_apt {what}", disable=self._rank != 0)
         self._started = time.perf_counter()
 

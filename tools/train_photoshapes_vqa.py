@@ -3,7 +3,8 @@
 
 The vision tower is CLIP's, the language model Llama's, about two million parameters together. So that two CPU cores
 suffice, all questions of an image share one pass over it (each sees the image and itself, no other question), and
-the tower is told in passing which shape and colour each of its cells shows: that stands in for CLIP's pretraining.
+every image token is drawn towards the embeddings of the words for the shape and the colour that it shows: that stands
+in for CLIP's pretraining and LLaVA's alignment of the projector.
 """
 
 import argparse
@@ -93,6 +94,8 @@ def build(texts: list[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcess
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -125,7 +128,7 @@ class Scenes:
         self.questions = list(questions.items())
         coco = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
         self.colours = sorted({a["colour"] for a in coco["annotations"] if a["colour"]})
-        self.num_shapes = len(coco["categories"])
+        self.shapes = [category["name"] for category in coco["categories"]]
         names = {image["id"]: f"images/{split}/{image['file_name']}" for image in coco["images"]}
         self.objects = defaultdict(list)
         for annotation in coco["annotations"]:
@@ -203,8 +206,9 @@ def train(args: argparse.Namespace) -> None:
     texts = [message["value"].replace(IMAGE, "") for record in records for message in record["conversations"]]
     model, processor = build(texts)
     scenes = Scenes(args.data, "training", processor)
-    cells_head = nn.Linear(WIDTH, scenes.num_shapes + 1 + len(scenes.colours) + 1)
-    parameters = [*model.parameters(), *cells_head.parameters()]
+    names = [processor.tokenizer.convert_tokens_to_ids(words) for words in (scenes.shapes, scenes.colours)]
+    no_name = nn.Embedding(2, WIDTH)  # what stands for background, and for an object without a colour's name
+    parameters = [*model.parameters(), *no_name.parameters()]
     logger.info("%.2f million parameters, %d images", sum(p.numel() for p in model.parameters()) / 1e6, len(scenes))
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
@@ -215,10 +219,11 @@ def train(args: argparse.Namespace) -> None:
         for batch in loader:
             shapes, colours = batch.pop("shapes"), batch.pop("colours")
             image = model.model.get_image_features(batch.pop("pixel_values"))
-            hidden = image.hidden_states[model.config.vision_feature_layer][:, 1:]
-            shape_logits, colour_logits = cells_head(hidden).split([scenes.num_shapes + 1, len(scenes.colours) + 1], -1)
-            cells = F.cross_entropy(shape_logits.flatten(0, 1), shapes.flatten())
-            cells = cells + F.cross_entropy(colour_logits.flatten(0, 1), colours.flatten())
+            words = model.get_input_embeddings().weight
+            cells = sum(
+                F.cross_entropy(torch.cat(image.pooler_output) @ torch.cat([none[None], words[ids]]).T, shown.flatten())
+                for none, ids, shown in zip(no_name.weight, names, (shapes, colours))
+            )
             answers = model(**batch, mm_encoder_outputs={"image": image}).loss
             (answers + cells).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -227,8 +232,8 @@ def train(args: argparse.Namespace) -> None:
             schedule.step()
             step += 1
             losses.append((answers.item(), cells.item()))
-            if step % 50 == 0:
-                mean = torch.tensor(losses[-50:]).mean(0).tolist()
+            if step % 25 == 0:
+                mean = torch.tensor(losses[-25:]).mean(0).tolist()
                 logger.info("step %d  answers %.3f  cells %.3f  %.0f s", step, *mean, time.time() - started)
             if step == args.steps:
                 break
@@ -243,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
     parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=3000, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, cosine afterwards (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
