@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Table of LLaVA on PhotoShapes' questions, scored by lmms-eval: dense, random, resizing, APT before and after tuning.
 
-Writes NAME.json (every figure, hardware, versions, command) and NAME.md. Speeds come from the same run: after the
+Writes NAME.json (every figure, hardware, versions, command) and NAME.md. Speeds come from the same run: before the
 scoring, all variants answer the same batches in turn, several rounds over, image processing included.
 """
 
@@ -178,24 +178,27 @@ def run(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     common = dict(batch_size=args.batch_size, device=args.device)
     merged = dict(pretrained=str(args.dense), thresholds=args.thresholds, **common)
-    models = {
-        "dense": LlavaAptSimple(pretrained=str(args.dense), thresholds="off", **common),
-        "random": LlavaAptSimple(merge="random", **merged),
-        "resizing": LlavaAptSimple(merge="resizing", **merged),
-        "APT before": LlavaAptSimple(**merged),
-        "APT": LlavaAptSimple(new_layers=str(args.new_layers), **merged),
+    options = {
+        "dense": dict(pretrained=str(args.dense), thresholds="off", **common),
+        "random": dict(merge="random", **merged),
+        "resizing": dict(merge="resizing", **merged),
+        "APT before": merged,
+        "APT": dict(new_layers=str(args.new_layers), **merged),
     }
+    models = {name: LlavaAptSimple(**chosen) for name, chosen in options.items()}
+    rates = speeds(models, args.data, args.speed_samples, args.rounds)
     records = read_records(args.data / "vqa_validation.json")[: args.limit]
     names = sorted({record["image"] for record in records})
     pictures = [load(args.data, name) for name in names]
     with task_manager(args.data) as manager:
         variants = {
-            name: {"accuracy": score(model, manager, args.limit), **tokens_per_image(model, pictures)}
+            name: {
+                "samples_per_second": rates[name],
+                **tokens_per_image(model, pictures),
+                "accuracy": score(model, manager, args.limit),  # lmms-eval frees the model afterwards
+            }
             for name, model in models.items()
         }
-    rates = speeds(models, args.data, args.speed_samples, args.rounds)
-    for name, measured in variants.items():
-        measured["samples_per_second"] = rates[name]
     return {
         "majority": majority(args.data, args.limit),
         "variants": variants,
