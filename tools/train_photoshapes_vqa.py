@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Train a small dense LLaVA from scratch on PhotoShapes' questions, and save it as a stock transformers checkpoint.
 
-The vision tower is CLIP's, the language model Llama's, about two million parameters together. So that two CPU cores
-suffice, all questions of an image share one pass over it (each sees the image and itself, no other question), and
-every image token is drawn towards the embeddings of the words for the shape and the colour that it shows: that stands
-in for CLIP's pretraining and LLaVA's alignment of the projector.
+The vision tower is CLIP's, the language model Llama's, one to two million parameters together. As in LLaVA, the tower
+learns first and is then frozen while the projector and the language model learn to answer. In place of CLIP's
+pretraining every image token is drawn towards the embeddings of the words for the shape and the colour that it shows.
+So that a CPU core suffices, all questions of an image share one pass over it (each sees the image and itself, no other
+question), and attention starts out looking for similar tokens (arXiv 2305.09828).
 """
 
 import argparse
@@ -40,7 +41,7 @@ from llava_apt.data import read_records
 from llava_apt.prompt import IMAGE, SYSTEM
 
 PATCH, CELLS = 14, 12  # LLaVA's patch; the image's side is PATCH * CELLS pixels
-WIDTH, LAYERS, HEADS = 128, 4, 4
+WIDTH, LAYERS, HEADS = 128, 3, 4
 MIN_COVER = 0.3  # of a cell, for it to count as showing an object
 IGNORED = -100
 
@@ -199,44 +200,72 @@ class Scenes:
         }
 
 
+def look_for_similar_tokens(model: LlavaForConditionalGeneration) -> None:
+    """Start every attention layer of the language model with equal queries and keys, and outputs that copy."""
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        nn.init.orthogonal_(attention.q_proj.weight)
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+        nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+        attention.o_proj.weight.data.copy_(attention.v_proj.weight.T)
+
+
+def optimise(name: str, parameters: list[nn.Parameter], steps: int, learning_rate: float, loader, loss_of) -> None:
+    """AdamW with warm-up and cosine for so many steps; ``loss_of`` maps a batch to its loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    started, losses = time.time(), []
+    while len(losses) < steps:
+        for batch in loader:
+            loss = loss_of(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            if len(losses) % 25 == 0:
+                mean = sum(losses[-25:]) / 25
+                logger.info("%s: step %d  loss %.3f  %.0f s", name, len(losses), mean, time.time() - started)
+            if len(losses) == steps:
+                break
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     records = read_records(args.data / "vqa_training.json")
     texts = [message["value"].replace(IMAGE, "") for record in records for message in record["conversations"]]
     model, processor = build(texts)
+    look_for_similar_tokens(model)
     scenes = Scenes(args.data, "training", processor)
+    logger.info("%.2f million parameters, %d images", sum(p.numel() for p in model.parameters()) / 1e6, len(scenes))
+    loader = DataLoader(scenes, args.batch_size, shuffle=True, drop_last=True, collate_fn=scenes.collate)
+    llava = model.model.train()
+    embedding = model.get_input_embeddings()
     names = [processor.tokenizer.convert_tokens_to_ids(words) for words in (scenes.shapes, scenes.colours)]
     no_name = nn.Embedding(2, WIDTH)  # what stands for background, and for an object without a colour's name
-    parameters = [*model.parameters(), *no_name.parameters()]
-    logger.info("%.2f million parameters, %d images", sum(p.numel() for p in model.parameters()) / 1e6, len(scenes))
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    loader = DataLoader(scenes, args.batch_size, shuffle=True, drop_last=True, collate_fn=scenes.collate)
-    model.train()
-    started, step, losses = time.time(), 0, []
-    while step < args.steps:
-        for batch in loader:
-            shapes, colours = batch.pop("shapes"), batch.pop("colours")
-            image = model.model.get_image_features(batch.pop("pixel_values"))
-            words = model.get_input_embeddings().weight
-            cells = sum(
-                F.cross_entropy(torch.cat(image.pooler_output) @ torch.cat([none[None], words[ids]]).T, shown.flatten())
-                for none, ids, shown in zip(no_name.weight, names, (shapes, colours))
-            )
-            answers = model(**batch, mm_encoder_outputs={"image": image}).loss
-            (answers + cells).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            step += 1
-            losses.append((answers.item(), cells.item()))
-            if step % 25 == 0:
-                mean = torch.tensor(losses[-25:]).mean(0).tolist()
-                logger.info("step %d  answers %.3f  cells %.3f  %.0f s", step, *mean, time.time() - started)
-            if step == args.steps:
-                break
+
+    def alignment(batch) -> torch.Tensor:
+        tokens = torch.cat(llava.get_image_features(batch["pixel_values"]).pooler_output)
+        return sum(
+            F.cross_entropy(tokens @ torch.cat([none[None], embedding.weight[ids]]).T, batch[what].flatten())
+            for none, ids, what in zip(no_name.weight, names, ("shapes", "colours"))
+        )
+
+    def answers(batch) -> torch.Tensor:
+        with torch.no_grad():
+            image = llava.vision_tower(batch.pop("pixel_values"), output_hidden_states=True)
+        hidden = image.hidden_states[model.config.vision_feature_layer][:, 1:]
+        image.pooler_output = list(llava.multi_modal_projector(hidden))
+        del batch["shapes"], batch["colours"]
+        return model(**batch, mm_encoder_outputs={"image": image}).loss
+
+    seeing = [llava.vision_tower, llava.multi_modal_projector, embedding, no_name]
+    parameters = [parameter for module in seeing for parameter in module.parameters()]
+    optimise("alignment", parameters, args.alignment_steps, 1e-3, loader, alignment)
+    parameters = [*llava.multi_modal_projector.parameters(), *llava.language_model.parameters()]
+    optimise("answers", parameters, args.steps, args.learning_rate, loader, answers)
     unfinished = args.destination.with_name(f".{args.destination.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.eval().save_pretrained(unfinished)
@@ -248,7 +277,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
     parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--alignment-steps", type=int, default=200, help="of the tower (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of the language model (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, cosine afterwards (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
