@@ -98,7 +98,7 @@ def parse_record(record: dict, image_folder: str | Path) -> Conversation | BadRe
 class LlavaDataset(Dataset):
     """Conversations with their images, those that cannot be used left out and listed.
 
-    An image that turns out to be unreadable later is reported, added to ``bad``, and its record replaced by the next.
+    An image that turns out to be unreadable later is reported, and its record replaced by the next.
 
     Args:
         records: LLaVA's records.
@@ -110,6 +110,7 @@ class LlavaDataset(Dataset):
     Attributes:
         lengths: tokens of each conversation, with the stock number of tokens per image.
         bad: BadRecords that were left out. cut: ids of the conversations that are cut.
+        unreadable: bool tensor, which conversations' images could not be read so far; shared with worker processes.
 
     Raises:
         ValueError: not one usable record.
@@ -135,6 +136,7 @@ class LlavaDataset(Dataset):
         if not self.conversations:
             first = f"; the first: {self.bad[0].id}: {self.bad[0].reason}" if self.bad else ""
             raise ValueError(f"none of {len(records)} records can be used{first}")
+        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def _measure(self, conversation: Conversation, tokenizer, cells: int, max_length: int) -> Conversation | BadRecord:
         pieces = prompt_pieces(conversation.turns, tokenizer.eos_token)
@@ -155,12 +157,12 @@ class LlavaDataset(Dataset):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> tuple[Conversation, list[Image.Image]]:
-        for offset in range(len(self)):
-            conversation = self.conversations[(index + offset) % len(self)]
+        for place in (*range(index, len(self)), *range(index)):
+            conversation = self.conversations[place]
             try:
                 return conversation, [_load(path) for path in conversation.images]
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                self.bad.append(BadRecord(conversation.id, f"unreadable image: {error}"))
+                self.unreadable[place] = True
                 logger.warning("record %s: unreadable image, using the next record: %s", conversation.id, error)
         raise ValueError("no image of the data can be read")
 

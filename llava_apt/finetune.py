@@ -5,13 +5,12 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -19,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from apt_backbones import freeze_host
 from apt_backbones.freeze import is_new
 
-from .data import LlavaCollator, LlavaDataset, ModalityGroupedSampler, read_records, subset
+from .data import BadRecord, LlavaCollator, LlavaDataset, ModalityGroupedSampler, read_records, subset
 from .modeling import LlavaAptForConditionalGeneration
 from .new_layers import save_new_layers
 from .processing import LlavaAptProcessor
@@ -91,18 +90,18 @@ def make_trainable(model: LlavaAptForConditionalGeneration, train: str) -> nn.Mo
         for name, parameter in model.named_parameters():
             if is_new(name):
                 parameter.requires_grad_(True)
-    return recompute_in_eval_mode(model)
+    return train_despite_eval_mode(model)
 
 
-def recompute_in_eval_mode(model: nn.Module) -> nn.Module:
-    """transformers' activation checkpointing acts on layers in training mode only, and frozen layers are kept in
-    eval mode: mark the layers, but nothing within them, as training."""
+def train_despite_eval_mode(model: nn.Module) -> nn.Module:
+    """Frozen layers are kept in eval mode. Mark as training what has to act nevertheless: LoRA's dropout, and the
+    layers (nothing within them) that transformers' activation checkpointing recomputes in training mode only."""
     set_mode = model.train
 
     def train(mode: bool = True) -> nn.Module:
         set_mode(mode)
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+        for name, module in model.named_modules():
+            if isinstance(module, GradientCheckpointingLayer) or "lora_dropout" in name:
                 module.training = mode
         return model
 
@@ -110,27 +109,22 @@ def recompute_in_eval_mode(model: nn.Module) -> nn.Module:
     return model
 
 
-def report_bad(dataset: LlavaDataset, output_dir: Path, strict: bool) -> None:
-    """Count and name the records that were left out or cut; all of them go to ``bad_records.json``.
-
-    Raises:
-        ValueError: strict, and a record was left out.
-    """
-    kinds = Counter(record.reason.split(":")[0] for record in dataset.bad)
-    for record in dataset.bad[:REPORTED_IDS]:
+def report_bad(dataset: LlavaDataset, unreadable: Tensor, output_dir: Path) -> None:
+    """Count and name the records that were left out or cut; all of them go to ``bad_records.json``."""
+    bad = [*dataset.bad]
+    bad += [BadRecord(dataset.conversations[i].id, "unreadable image") for i in unreadable.nonzero().flatten()]
+    for record in bad[:REPORTED_IDS]:
         logger.warning("left out %s: %s", record.id, record.reason)
-    if dataset.bad:
-        logger.warning("left out %d records; all ids in %s", sum(kinds.values()), output_dir / "bad_records.json")
+    if bad:
+        logger.warning("left out %d records; all ids in %s", len(bad), output_dir / "bad_records.json")
     if dataset.cut:
         shown = ", ".join(dataset.cut[:REPORTED_IDS])
         logger.warning("cut %d over-long conversations at the end, among them %s", len(dataset.cut), shown)
     output_dir.mkdir(parents=True, exist_ok=True)
     unfinished = output_dir / ".bad_records.json"
-    report = {"left_out": [vars(record) for record in dataset.bad], "cut": dataset.cut}
+    report = {"left_out": [vars(record) for record in bad], "cut": dataset.cut}
     unfinished.write_text(json.dumps(report, indent=1))
     os.replace(unfinished, output_dir / "bad_records.json")
-    if strict and dataset.bad:
-        raise ValueError(f"{len(dataset.bad)} bad records, the first {dataset.bad[0].id}: {dataset.bad[0].reason}")
 
 
 def threshold(text: str) -> tuple[int, float]:
@@ -211,8 +205,12 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     records = subset(read_records(args.data), args.fraction)
     processor = LlavaAptProcessor.from_pretrained(args.model, **options, **crop)
     dataset = LlavaDataset(records, args.image_folder, processor, args.max_length)
-    with training.main_process_first(desc="report of bad records"):
-        report_bad(dataset, Path(args.output_dir), args.strict)
+    is_main = training.process_index == 0
+    if is_main:
+        report_bad(dataset, dataset.unreadable, Path(args.output_dir))
+    if args.strict and dataset.bad:
+        raise ValueError(f"{len(dataset.bad)} bad records, the first {dataset.bad[0].id}: {dataset.bad[0].reason}")
+    set_seed(training.seed)  # ConvDown starts at random
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = LlavaAptForConditionalGeneration.from_pretrained(args.model, dtype=dtype, **options)
     model = make_trainable(model, args.train)
@@ -226,11 +224,13 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     if args.resume and last is None:
         logger.warning("nothing to resume in %s; starting at the beginning", args.output_dir)
     trainer.train(resume_from_checkpoint=last)
-    report_bad(dataset, Path(args.output_dir), strict=False)
+    unreadable = trainer.accelerator.reduce(dataset.unreadable.float().to(training.device))
+    if is_main:
+        report_bad(dataset, unreadable, Path(args.output_dir))
     if args.train == "lora":
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     trainer.save_model()
-    if trainer.is_world_process_zero():
+    if is_main:
         save_new_layers(trainer.accelerator.unwrap_model(trainer.model), args.output_dir)
 
 

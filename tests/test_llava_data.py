@@ -130,7 +130,7 @@ def test_unreadable_images_are_replaced_and_counted(processor, pictures):
     records = [{**record(image="broken.jpg"), "id": "broken"}, {**record(), "id": "good"}]
     dataset = LlavaDataset(records, pictures, processor)
     assert dataset[0][0].id == "good"
-    assert dataset.bad[0].id == "broken" and "unreadable image" in dataset.bad[0].reason
+    assert dataset.unreadable.tolist() == [True, False]
     with pytest.raises(ValueError, match="no image of the data can be read"):
         LlavaDataset(records[:1], pictures, processor)[0]
 
@@ -172,6 +172,13 @@ def test_batches_hold_one_modality_and_similar_lengths():
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
     assert sum(spread) / len(spread) < 150  # unsorted: about 390
     assert len({has_image[batch[0]] for batch in batches[:20]}) == 2  # the modalities alternate
+
+
+def test_worker_processes_tell_what_they_could_not_read(processor, pictures):
+    records = [{**record(image="broken.jpg"), "id": "broken"}, {**record(), "id": "good"}]
+    dataset = LlavaDataset(records, pictures, processor)
+    list(DataLoader(dataset, 2, num_workers=1, collate_fn=LlavaCollator(processor)))
+    assert dataset.unreadable.tolist() == [True, False]
 
 
 def test_a_loader_runs_through_it_all(processor, pictures):

@@ -5,7 +5,8 @@ The vision tower is CLIP's, the language model Llama's, one to two million param
 learns first and is then frozen while the projector and the language model learn to answer. In place of CLIP's
 pretraining every image token is drawn towards the embeddings of the words for the shape and the colour that it shows.
 So that a CPU core suffices, all questions of an image share one pass over it (each sees the image and itself, no other
-question), and attention starts out looking for similar tokens (arXiv 2305.09828).
+question), attention starts out looking for similar tokens (arXiv 2305.09828), and the first layer is told where to
+look: from the word for a shape or a colour at the image tokens that show it.
 """
 
 import argparse
@@ -218,15 +219,15 @@ def optimise(name: str, parameters: list[nn.Parameter], steps: int, learning_rat
     while len(losses) < steps:
         for batch in loader:
             loss = loss_of(batch)
-            loss.backward()
+            loss.sum().backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(loss.detach())
             if len(losses) % 25 == 0:
-                mean = sum(losses[-25:]) / 25
-                logger.info("%s: step %d  loss %.3f  %.0f s", name, len(losses), mean, time.time() - started)
+                mean = torch.stack(losses[-25:]).mean(0).tolist()
+                logger.info("%s: step %d  loss %s  %.0f s", name, len(losses), np.round(mean, 3), time.time() - started)
             if len(losses) == steps:
                 break
 
@@ -253,13 +254,35 @@ def train(args: argparse.Namespace) -> None:
             for none, ids, what in zip(no_name.weight, names, ("shapes", "colours"))
         )
 
+    # Row n: what to look for (shape n, or colour n, counted from 1) at the words of that number.
+    lookups = [torch.zeros(len(processor.tokenizer), dtype=torch.long) for _ in names]
+    for lookup, words in zip(lookups, (scenes.shapes, scenes.colours)):
+        for number, word in enumerate(words, start=1):
+            for form in (word, f"{word}s", f"{word}es"):
+                if form in processor.tokenizer.vocab:
+                    lookup[processor.tokenizer.vocab[form]] = number
+    llava.language_model.set_attn_implementation("eager")  # the others return no attention
+
+    def looking(attention_BHLL, batch) -> torch.Tensor:
+        """Minus the log of the attention that words pay to the image tokens they name, over all that name some."""
+        is_image = batch["input_ids"] == model.config.image_token_id
+        first = int(is_image[0].nonzero()[0])
+        paid_BLC = attention_BHLL[:, :2].mean(1)[:, :, first : first + CELLS**2]
+        named = [
+            (lookup[batch["input_ids"]][:, :, None] == shown[:, None, :]) & (shown[:, None, :] > 0)
+            for lookup, shown in zip(lookups, (batch["shapes"], batch["colours"]))
+        ]
+        match_BLC = named[0] | named[1]
+        return -((paid_BLC * match_BLC).sum(-1)[match_BLC.any(-1)] + 1e-4).log().mean()
+
     def answers(batch) -> torch.Tensor:
         with torch.no_grad():
             image = llava.vision_tower(batch.pop("pixel_values"), output_hidden_states=True)
         hidden = image.hidden_states[model.config.vision_feature_layer][:, 1:]
         image.pooler_output = list(llava.multi_modal_projector(hidden))
-        del batch["shapes"], batch["colours"]
-        return model(**batch, mm_encoder_outputs={"image": image}).loss
+        text = {name: value for name, value in batch.items() if name not in ("shapes", "colours")}
+        outputs = model(**text, mm_encoder_outputs={"image": image}, output_attentions=True)
+        return torch.stack([outputs.loss, 0.2 * looking(outputs.attentions[0], batch)])
 
     seeing = [llava.vision_tower, llava.multi_modal_projector, embedding, no_name]
     parameters = [parameter for module in seeing for parameter in module.parameters()]
@@ -278,7 +301,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
     parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
     parser.add_argument("--alignment-steps", type=int, default=200, help="of the tower (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of the language model (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of the language model (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, cosine afterwards (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
