@@ -9,6 +9,8 @@ that of plain resizing.
 Legend: B images, H x W base cells, T tokens, D channels, n patches of one size, p base patch side, f = side / p.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,12 +94,18 @@ def drop_at_random(sides_BHW: Tensor, patch_size: int) -> Tensor:
     """
     height, width = sides_BHW.shape[1:]
     num_patches_B = (patch_size / sides_BHW).square().where(sides_BHW > 0, 0).sum((1, 2)).round()  # n cells: n / n
-    generator = torch.Generator().manual_seed(0)
-    order_HW = torch.randperm(height * width, generator=generator).view(height, width).to(sides_BHW.device)
+    order_HW = _drop_order(height, width, sides_BHW.device)
     order_BN = order_HW.where(sides_BHW != DROPPED, height * width).flatten(1)
     rank_BHW = order_BN.argsort(1).argsort(1).view_as(sides_BHW)
     is_kept_BHW = (rank_BHW < num_patches_B[:, None, None]) | (sides_BHW < 0)
     return sides_BHW.clamp(max=patch_size).where(is_kept_BHW, DROPPED)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _drop_order(height: int, width: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(height * width, generator=generator).view(height, width).to(device)
 
 
 def _positions(layout: PatchLayout, positions: Tensor) -> Tensor:

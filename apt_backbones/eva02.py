@@ -147,8 +147,9 @@ class APTEva02(nn.Module):
             )
             for block in range(depth)
         )
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        # As bits, because model.half() and model.bfloat16() would round floating buffers, and so move the pixels.
+        normalisation = torch.tensor([tuple(pixel_mean), tuple(pixel_std)], dtype=torch.float32).view(2, 3, 1, 1)
+        self.register_buffer("normalisation_bits", normalisation.view(torch.int32), persistent=False)
         self.last_layout: PatchLayout | None = None  # of the latest batch, for those who report token counts
         self._init_weights()
 
@@ -170,12 +171,17 @@ class APTEva02(nn.Module):
 
         Args:
             images: normalised float images (B, 3, height, width) of any size; sides that are no multiple of the
-                patch are padded with zeros at the right and bottom.
+                patch are padded with zeros at the right and bottom. Give a half-precision model float32 images:
+                they are scored before they are rounded.
+
+        Raises:
+            TypeError, ValueError: images that are not float RGB batches, or, with thresholds, not finite. (The dense
+                model computes NaN from NaN, as any network does.)
         """
         check_images(images)
         images = self._pad(images)
         layout = self.last_layout = self.layout(images)
-        x_TD = self._embed(images, layout)
+        x_TD = self._embed(images.to(self.patch_embed.proj.weight.dtype), layout)
         image_rope, window_rope = self._rope(layout)
         maps = {}
         for index, block in enumerate(self.blocks):
@@ -221,7 +227,8 @@ class APTEva02(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             # Data pipelines resize in uint8: rounding gives those very pixels back, so that a selection depends on
             # neither the float error of the normalisation nor the device.
-            pixels = (images.float() * self.pixel_std + self.pixel_mean).round_()
+            mean, std = self.normalisation_bits.view(torch.float32)
+            pixels = (images.float() * std + mean).round_()
             scores = score_patches(pixels, tuple(self.thresholds), self.scorer)
             return select_patches(scores, self.thresholds, self.patch_size, images.shape[2:])
 
@@ -231,15 +238,17 @@ class APTEva02(nn.Module):
 
     def _embed(self, images: Tensor, layout: PatchLayout) -> Tensor:
         positions = self._positions(max(self.train_grid, *layout.grid))
-        x_TD = self.adaptive_embed(images, layout, self.patch_embed.proj, positions)
+        x_TD = self.adaptive_embed(images, layout, self.patch_embed.proj, positions).to(self.pos_embed.dtype)
         if self.cls_token is not None:
-            cls_token = (self.cls_token + self.pos_embed[:, :1])[0].to(x_TD.dtype)
+            cls_token = (self.cls_token + self.pos_embed[:, :1])[0]
             x_TD = torch.where((layout.side_T == 0)[:, None], cls_token, x_TD)
         return x_TD
 
     def _positions(self, side: int) -> Tensor:
-        """Absolute positions of a square of base cells (1, D, side, side)."""
-        positions = self.pos_embed[:, self.num_prefix :].unflatten(1, (self.pretrain_grid, -1)).permute(0, 3, 1, 2)
+        """Absolute positions of a square of base cells (1, D, side, side), float32: CPUs resample nothing less."""
+        positions = (
+            self.pos_embed[:, self.num_prefix :].float().unflatten(1, (self.pretrain_grid, -1)).permute(0, 3, 1, 2)
+        )
         if side == self.pretrain_grid:
             return positions
         return F.interpolate(positions, size=(side, side), mode="bicubic", align_corners=False)

@@ -1,6 +1,7 @@
 """The trunk equals the original networks and timm when nothing merges, and itself in every other way of running."""
 
 import math
+import warnings
 
 import pytest
 import timm
@@ -281,6 +282,18 @@ def test_scoring_stays_in_float32_under_autocast():
         assert relative_error(feature_map.float(), model(images)[0]) < 0.05
 
 
+@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True)])
+def test_a_half_precision_model_selects_the_same_patches(options):
+    model = tiny(thresholds={32: 6.0, 64: 5.0}, **options)
+    images = torch.cat([pictures(1, 128, 128), pictures(1, 128, 128, seed=3).flip(3) * 0.4])
+    with torch.no_grad():
+        full = model(images)[0]
+        expected = model.last_layout.token_BHW
+        half = model.bfloat16()(images)[0]
+    assert half.dtype == torch.bfloat16 and relative_error(half.float(), full) < 0.05
+    assert torch.equal(model.last_layout.token_BHW, expected)
+
+
 def test_training_with_checkpointing_gives_the_same_gradients():
     images = pictures(2, 128, 128)
     gradients = []
@@ -350,6 +363,28 @@ def test_random_drops_as_many_tokens_as_apt_merges_away():
         counts.append(model.last_layout.num_patches)
     assert counts[0] == counts[1] and max(counts[0]) < 64
     assert set(model.last_layout.side_T.tolist()) == {16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("merge", ["apt", "resizing", "random"])
+@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True), dict(padding="drop", **WINDOWS)])
+def test_a_forward_waits_for_the_gpu_once_and_equals_the_cpu(merge, options):
+    model = tiny(thresholds={32: 6.0, 64: 5.0}, merge=merge, **options)
+    images = F.pad(pictures(2, 128, 96), (0, 32))
+    with torch.no_grad():
+        expected = model(images)[0]
+        layout = model.last_layout
+        model.cuda()
+        on_gpu = images.cuda()
+        model(on_gpu)  # fills what is kept per image size
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            feature_map = model(on_gpu)[0]
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
+    assert torch.equal(model.last_layout.token_BHW.cpu(), layout.token_BHW)
+    assert relative_error(feature_map.cpu(), expected) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def make_batches(images: list[Image.Image], model: APTEva02, side: int, batch_si
     """Batches of images of the same shape class; a batch repeats an image so that its rectangle is exact."""
     batches = []
     for image in images:
-        normalised = (to_tensor(image) - model.pixel_mean.cpu()) / model.pixel_std.cpu()
+        mean, std = model.normalisation_bits.cpu().view(torch.float32)
+        normalised = (to_tensor(image) - mean) / std
         rectangle = model._pad(normalised).expand(batch_size, -1, -1, -1)
         square = F.pad(normalised, (0, side - image.width, 0, side - image.height)).expand(batch_size, -1, -1, -1)
         cells = (rectangle.shape[2] // model.patch_size) * (rectangle.shape[3] // model.patch_size) * batch_size
