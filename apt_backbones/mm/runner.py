@@ -1,15 +1,17 @@
 """mmengine's runner, with checkpoints that are read without executing them and that must fit the model."""
 
-from mmengine.model import BaseTTAModel, is_model_wrapper
+import torch
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import distributed, nn
 
 from ..checkpoint import load_converted, read_file, weights_of
 
 
 @RUNNERS.register_module()
 class APTRunner(Runner):
-    """What changes: ``load_from``, ``resume`` and tests read checkpoints safely and load them strictly.
+    """What changes: checkpoints are read safely and loaded strictly, and several processes can train on CPUs.
 
     mmengine executes what a checkpoint pickles and only warns of weights that are missing or of another shape. Here
     such a file is refused, and only ConvDown and ZeroMLP may be missing. .safetensors files are read, too. Configs
@@ -33,3 +35,14 @@ class APTRunner(Runner):
         self._has_loaded = True
         self.logger.info(f"Load checkpoint from {filename}")
         return content
+
+    def setup_env(self, env_cfg: dict) -> None:
+        if self.distributed and not torch.cuda.is_available() and not distributed.is_initialized():
+            distributed.init_process_group("gloo")  # mmengine would ask for a GPU
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        if self.distributed and not torch.cuda.is_available():
+            model = revert_sync_batchnorm(model)
+            model_wrapper_cfg = model_wrapper_cfg or dict(type="MMDistributedDataParallel", broadcast_buffers=False)
+        return super().wrap_model(model_wrapper_cfg, model)

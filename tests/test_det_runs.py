@@ -1,0 +1,235 @@
+"""Detection end to end on a handful of PhotoShapes images: training, fine-tuning, testing, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.apis import inference_detector
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from PIL import Image
+
+import apt_backbones.mm.det  # noqa: F401
+from apt_backbones import read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+MMDET_TOOLS = Path(__import__("mmdet").__file__).parent / ".mim" / "tools"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def photoshapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "photoshapes"
+    command = [sys.executable, "tools/make_photoshapes.py", folder, "--train", "6", "--val", "3", "--size", "192"]
+    subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
+    return folder
+
+
+def options(data, **settings):
+    """Settings for a run of a few iterations on these images."""
+    return {
+        "train_dataloader.dataset.data_root": f"{data}/",
+        "val_dataloader.dataset.data_root": f"{data}/",
+        "test_dataloader.dataset.data_root": f"{data}/",
+        "val_evaluator.ann_file": f"{data}/annotations/instances_validation.json",
+        "test_evaluator.ann_file": f"{data}/annotations/instances_validation.json",
+        "train_dataloader.batch_size": 2,
+        "train_dataloader.num_workers": 0,
+        "train_dataloader.persistent_workers": False,
+        "val_dataloader.num_workers": 0,
+        "val_dataloader.persistent_workers": False,
+        "test_dataloader.num_workers": 0,
+        "test_dataloader.persistent_workers": False,
+        "default_hooks.logger.interval": 1,
+        "default_hooks.checkpoint.interval": 1,
+        "train_cfg.max_iters": 2,
+        "train_cfg.val_interval": 2,
+        **settings,
+    }
+
+
+def runner(method, data, work_dir, **settings):
+    cfg = Config.fromfile(f"det_configs/eva02_tiny_{method}_photoshapes.py")
+    cfg.merge_from_dict(options(data, **settings))
+    cfg.work_dir, cfg.log_level = str(work_dir), "WARNING"
+    cfg.experiment_name = f"{method}_{time.time()}"
+    return RUNNERS.build(cfg)
+
+
+def command(script, *arguments, **settings):
+    return [sys.executable, script, *map(str, arguments), "--cfg-options", *(f"{k}={v}" for k, v in settings.items())]
+
+
+@pytest.fixture(scope="session")
+def trained(photoshapes, tmp_path_factory):
+    """A dense checkpoint after two iterations, and the metrics of the validation that ended the training."""
+    work_dir = tmp_path_factory.mktemp("dense")
+    run = runner("dense", photoshapes, work_dir)
+    run.train()
+    metrics = {k.removeprefix("val/"): v.current() for k, v in run.message_hub.log_scalars.items() if "val/" in k}
+    return work_dir / "iter_2.pth", metrics
+
+
+def test_a_test_reproduces_the_validation_of_the_training(trained, photoshapes, tmp_path):
+    checkpoint, validated = trained
+    tested = runner("dense", photoshapes, tmp_path, load_from=str(checkpoint)).test()
+    assert {"coco/bbox_mAP", "coco/segm_mAP", "content_kept"} < set(tested)
+    for name, value in tested.items():
+        assert value == validated[name], name
+
+
+def test_the_short_finetune_changes_only_the_new_layers(trained, photoshapes, tmp_path):
+    checkpoint, _ = trained
+    runner("apt", photoshapes, tmp_path, load_from=str(checkpoint)).train()
+    before, after = read_checkpoint(checkpoint), read_checkpoint(tmp_path / "iter_2.pth")
+    new = {name for name in after if "conv_down" in name or "zero_mlp" in name}
+    assert set(after) - set(before) == new and len(new) == 4
+    for name, tensor in before.items():
+        assert tensor.equal(after[name]), f"{name} moved"
+    assert any(after[name].any() for name in new if "zero_mlp" in name), "ZeroMLP has not learnt"
+
+
+def test_a_batch_in_which_nothing_merges_trains(trained, photoshapes, tmp_path):
+    checkpoint, _ = trained
+    nothing = {"model.backbone.thresholds.16": 0.0, "model.backbone.thresholds.32": 0.0}
+    run = runner("apt", photoshapes, tmp_path, load_from=str(checkpoint), **nothing)
+    run.train()
+    assert run.message_hub.get_scalar("train/content_kept").current() == 1
+
+
+def test_adaptive_baselines_run_from_the_dense_checkpoint(trained, photoshapes, tmp_path):
+    checkpoint, dense = trained
+    for method in ("resizing", "random", "apt"):
+        metrics = runner(method, photoshapes, tmp_path / method, load_from=str(checkpoint)).test()
+        assert metrics["content_kept"] < 1 == dense["content_kept"], method
+    padded = runner("apt_photoshapes_rect".removesuffix("_photoshapes_rect"), photoshapes, tmp_path / "square")
+    assert padded.cfg.model.data_preprocessor.pad_size_divisor == 192
+
+
+def test_a_checkpoint_of_another_size_is_refused(trained, photoshapes, tmp_path):
+    checkpoint, _ = trained
+    settings = {"model.backbone.embed_dim": 48, "model.neck.in_channels": 48}
+    with pytest.raises(ValueError, match=r"the checkpoint is of another model.*of another shape"):
+        runner("dense", photoshapes, tmp_path, load_from=str(checkpoint), **settings).test()
+
+
+def test_a_plain_vitdet_checkpoint_is_refused(photoshapes, tmp_path):
+    vitdet = {
+        "backbone.net.blocks.0.attn.qkv.weight": torch.zeros(6, 2),
+        "backbone.net.pos_embed": torch.zeros(1, 5, 2),
+    }
+    torch.save({"model": vitdet}, tmp_path / "vitdet.pth")
+    with pytest.raises(ValueError, match=r"another model.*missing.*unknown"):
+        runner("dense", photoshapes, tmp_path, load_from=str(tmp_path / "vitdet.pth")).test()
+
+
+@pytest.mark.parametrize("missing", ["annotations/instances_training.json", "images"])
+def test_missing_data_is_named(missing, photoshapes, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("annotations", "images"):
+        if missing != name:
+            (data / name).symlink_to(photoshapes / name)
+    if missing.endswith("json"):
+        (data / "annotations").unlink()
+    with pytest.raises(FileNotFoundError, match=missing.split("/")[0]):
+        runner("dense", data, tmp_path / "work").train()
+
+
+def test_images_without_objects_train(photoshapes, tmp_path):
+    data = tmp_path / "data"
+    (data / "annotations").mkdir(parents=True)
+    (data / "images").symlink_to(photoshapes / "images")
+    for split in ("training", "validation"):
+        content = json.loads((photoshapes / f"annotations/instances_{split}.json").read_text())
+        content["annotations"] = content["annotations"][:1] if split == "validation" else []
+        (data / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+    run = runner("dense", data, tmp_path / "work")
+    run.train()
+    assert run.iter == 2
+
+
+@pytest.fixture(scope="session")
+def detector(trained, photoshapes, tmp_path_factory):
+    run = runner("apt", photoshapes, tmp_path_factory.mktemp("detector"), load_from=str(trained[0]))
+    run.load_or_resume()
+    run.model.cfg = run.cfg
+    return run.model.eval()
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.full((40, 60), 90, np.uint8),
+        np.full((40, 60, 4), 90, np.uint8),
+        np.full((40, 60), 9000, np.uint16),
+        np.full((300, 1, 3), 90, np.uint8),
+        np.full((1, 1, 3), 90, np.uint8),
+    ],
+    ids=["grey", "RGBA", "16-bit", "1 px wide", "1 px"],
+)
+def test_unusual_images_are_detected_in(pixels, detector, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    result = inference_detector(detector, str(tmp_path / "image.png"))
+    assert result.ori_shape == pixels.shape[:2]
+    assert result.pred_instances.bboxes.isfinite().all()
+
+
+def test_a_truncated_image_is_named(detector, photoshapes, tmp_path):
+    content = next((photoshapes / "images/validation").iterdir()).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[:100])
+    with pytest.raises(Exception, match=r"cut\.jpg|[Ii]mage|cv2|decode"):
+        inference_detector(detector, str(tmp_path / "cut.jpg"))
+
+
+@pytest.mark.slow
+def test_configs_run_under_mmdets_own_scripts(trained, photoshapes, tmp_path):
+    settings = options(photoshapes, load_from=trained[0])
+    config = "det_configs/eva02_tiny_apt_photoshapes.py"
+    train = command(MMDET_TOOLS / "train.py", config, "--work-dir", tmp_path, **settings)
+    subprocess.run(train, check=True, cwd=ROOT, env=ENVIRONMENT)
+    test = command(
+        MMDET_TOOLS / "test.py", config, tmp_path / "iter_2.pth", "--work-dir", tmp_path / "test", **settings
+    )
+    output = subprocess.run(test, check=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert "content_kept" in output.stdout and "coco/bbox_mAP" in output.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_cpu_even_if_nothing_merges(trained, photoshapes, tmp_path):
+    nothing = {"model.backbone.thresholds.16": 0.0, "model.backbone.thresholds.32": 0.0}
+    settings = options(photoshapes, load_from=trained[0], **nothing)
+    config = "det_configs/eva02_tiny_apt_photoshapes.py"
+    arguments = command("tools/train.py", config, "--work-dir", tmp_path, "--launcher", "pytorch", **settings)[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    subprocess.run([*launcher, *arguments], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=600)
+    assert (tmp_path / "iter_2.pth").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_where_it_stopped(photoshapes, tmp_path):
+    settings = options(photoshapes, **{"train_cfg.max_iters": 6, "train_cfg.val_interval": 6})
+    config = "det_configs/eva02_tiny_dense_photoshapes.py"
+    train = command("tools/train.py", config, "--work-dir", tmp_path, "--resume", **settings)
+    with subprocess.Popen(train, cwd=ROOT, env=ENVIRONMENT, start_new_session=True) as process:
+        while not (tmp_path / "iter_2.pth").is_file():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    stopped_at = int((tmp_path / "last_checkpoint").read_text().rsplit("_", 1)[1].removesuffix(".pth"))
+    assert stopped_at < 6
+
+    subprocess.run(train, check=True, cwd=ROOT, env=ENVIRONMENT)
+    logs = sorted(tmp_path.glob("*/vis_data/scalars.json"))
+    resumed = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    steps = [line["iter"] for line in resumed if "loss" in line]
+    assert steps == list(range(stopped_at + 1, 7))
+    assert all(line["content_kept"] == 1 for line in resumed if "loss" in line)
+    assert not list(tmp_path.glob("*.tmp"))
