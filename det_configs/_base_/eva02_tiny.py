@@ -32,5 +32,5 @@ model = dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
         rcnn=[{**stage, "sampler": {**stage.sampler, "num": 32}} for stage in _base_.model.train_cfg.rcnn],
     ),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=30)),
 )
