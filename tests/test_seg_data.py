@@ -6,7 +6,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
-from mmseg.registry import MODELS, TRANSFORMS
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 from scipy import ndimage
 
@@ -49,6 +49,26 @@ def test_masks_with_other_ids_are_refused(tmp_path):
 def test_masks_of_another_size_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mask.png is 20 x 31 pixels, its image .*image.png 20 x 30"):
         load(tmp_path, np.zeros((20, 31), np.uint8))
+
+
+def test_photoshapes_masks_become_figure_and_ground(tmp_path):
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(np.zeros((4, 7, 3), np.uint8)).save(tmp_path / "images/1.jpg")
+    ids = np.arange(8, dtype=np.uint8)[:7]  # 0 unlabelled, 1 background, 2 to 6 the first five shapes
+    Image.fromarray(np.tile(ids, (4, 1))).save(tmp_path / "annotations/1.png")
+    init_default_scope("mmseg")
+    dataset = DATASETS.build(
+        dict(
+            type="PhotoShapesDataset",
+            data_root=str(tmp_path),
+            data_prefix=dict(img_path="images", seg_map_path="annotations"),
+            pipeline=[dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+        )
+    )
+    mask = dataset[0]["data_samples"].gt_sem_seg.data[0]
+    assert mask.tolist() == [[255, 0, 1, 1, 1, 1, 1]] * 4
+    assert dataset.metainfo["classes"] == ("background", "shape")
 
 
 # ------------------------------------------------------------------------------------------- border mIoU

@@ -60,7 +60,16 @@ TASKS = {
         },
         ratios=(1.0, 0.3),
         rectangles=True,
-    )
+    ),
+    "seg": Task(
+        configs="seg_configs/eva02_tiny_{}_photoshapes.py",
+        metrics={
+            "mIoU": ("mIoU", 1),
+            "aAcc": ("aAcc", 1),
+            "mIoU within 3 px of borders": ("border/mIoU", 1),
+        },
+        ratios=(1.0,),
+    ),
 }
 
 
@@ -164,7 +173,7 @@ def table(results: dict) -> str:
     dense = results["rows"][0]["images_per_second"]
     for row in results["rows"]:
         padding = f"{row['padding_kept']:.1%}" if row["padding_kept"] is not None else "none"
-        cells = [row["title"], *(f"{row['metrics'][t]:.1f}" for t in titles), f"{row['content_kept']:.1%}", padding]
+        cells = [row["title"], *(f"{row['metrics'][t]:.2f}" for t in titles), f"{row['content_kept']:.1%}", padding]
         cells += [f"{row['images_per_second']:.2f}", f"{row['images_per_second'] / dense:.2f}x"]
         lines.append("| " + " | ".join(cells) + " |")
     thresholds = ", ".join(f"{size} px: {t:g}" for size, t in results["thresholds"].items())
@@ -221,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
             {
                 "title": row.title,
                 "config": row.config,
-                "metrics": {title: metrics[name] * factor for title, (name, factor) in task.metrics.items()},
+                "metrics": {title: float(metrics[name]) * factor for title, (name, factor) in task.metrics.items()},
                 **{k: metrics[k] for k in ("tokens", "content_kept", "content_kept_min", "content_kept_max")},
                 "padding_kept": metrics.get("padding_kept"),
                 "images_per_second": 1 / seconds[row.title],
