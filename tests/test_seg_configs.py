@@ -89,7 +89,7 @@ def shrink_pipeline(pipeline) -> None:
             step["crop_size"] = (CROP, CROP)
 
 
-def new_weights(path: Path) -> dict[str, torch.Tensor]:
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
 
 
@@ -171,7 +171,7 @@ def test_short_finetuning_changes_the_new_layers_only(data, tmp_path):
     cfg.optim_wrapper.optimizer.lr = 1e-3
     cfg.param_scheduler = []
     RUNNERS.build(cfg).train()
-    before, after = new_weights(tmp_path / "dense/iter_2.pth"), new_weights(tmp_path / "apt/iter_2.pth")
+    before, after = weights_of(tmp_path / "dense/iter_2.pth"), weights_of(tmp_path / "apt/iter_2.pth")
     assert {name for name in after if name not in before} == {name for name in after if is_new(name)}
     assert any(name.endswith("running_mean") for name in before)
     for name, tensor in before.items():
@@ -179,25 +179,52 @@ def test_short_finetuning_changes_the_new_layers_only(data, tmp_path):
     assert after["backbone.adaptive_embed.zero_mlp.weight"].abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------- mmseg's own tools
+# ------------------------------------------------------------------------------------------- tools
 
 
-def run_script(monkeypatch, tool: str, *arguments) -> None:
-    """Run a script of mmseg's package as a program."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    runpy.run_path(str(MM_TOOLS / tool), run_name="__main__")
+def run_script(monkeypatch, script: Path, *arguments) -> None:
+    """Run a script as a program."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    monkeypatch.syspath_prepend(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def options(data: Path, **settings) -> list[str]:
+    settings |= {f"{split}_dataloader.dataset.data_root": data for split in ("train", "val", "test")}
+    return ["--cfg-options", *(f"{name}={value}" for name, value in settings.items())]
 
 
 def test_mmsegs_own_train_and_test_run_the_configs_unchanged(data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
-    options = ["--cfg-options", "load_from=None", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
-    options += ["default_hooks.checkpoint.interval=2", "visualizer.name=of_this_test"]
-    options += [f"{split}_dataloader.dataset.data_root={data}" for split in ("train", "val", "test")]
-    run_script(monkeypatch, "train.py", config, "--work-dir", tmp_path / "train", *options)
-    run_script(monkeypatch, "test.py", config, tmp_path / "train/iter_2.pth", "--work-dir", tmp_path / "test", *options)
+    settings = {"load_from": None, "train_cfg.max_iters": 2, "train_cfg.val_interval": 2}
+    settings |= {"default_hooks.checkpoint.interval": 2, "visualizer.name": "of_this_test"}
+    common = options(data, **settings)
+    run_script(monkeypatch, MM_TOOLS / "train.py", config, "--work-dir", tmp_path / "train", *common)
+    checkpoint = tmp_path / "train/iter_2.pth"
+    run_script(monkeypatch, MM_TOOLS / "test.py", config, checkpoint, "--work-dir", tmp_path / "test", *common)
     lines = next((tmp_path / "train").glob("*/vis_data/scalars.json")).read_text().splitlines()
     (validated,) = (json.loads(line) for line in lines if "mIoU" in line)
     (tested,) = (json.loads(path.read_text()) for path in (tmp_path / "test").glob("*/*.json"))
     for name in ("mIoU", "aAcc", "border/mIoU", "content_kept"):
         assert tested[name] == pytest.approx(validated[name]), name
+
+
+def test_resume_starts_a_finetune_at_its_load_from_and_continues_one_that_has_begun(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = {"train_cfg.val_begin": 100, "default_hooks.checkpoint.interval": 1}
+
+    def train(name, **more):
+        config, work_dir = ROOT / f"seg_configs/eva02_tiny_{name}_photoshapes.py", tmp_path / name
+        arguments = (config, "--resume", "--work-dir", work_dir, *options(data, **settings, **more))
+        run_script(monkeypatch, ROOT / "tools/train.py", *arguments)
+
+    train("dense", **{"train_cfg.max_iters": 1})
+    dense = weights_of(tmp_path / "dense/iter_1.pth")
+    for iterations in (1, 2):
+        train("apt", **{"train_cfg.max_iters": iterations, "load_from": tmp_path / "dense/iter_1.pth"})
+        apt = torch.load(tmp_path / f"apt/iter_{iterations}.pth", map_location="cpu", weights_only=False)
+        assert apt["meta"]["iter"] == iterations
+        assert all(torch.equal(tensor, apt["state_dict"][name]) for name, tensor in dense.items())
+    steps = {int(state["step"]) for state in apt["optimizer"]["state"].values()}
+    assert steps == {2}  # the second run went on where the first had ended

@@ -9,6 +9,7 @@ import argparse
 
 from mm_config import add_common_arguments, load_config, run
 from mmengine.registry import RUNNERS
+from mmengine.runner import find_latest_checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,9 +37,12 @@ def main(argv: list[str] | None = None) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ValueError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set")
         cfg.auto_scale_lr.enable = True
-    if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
+    if args.resume == "auto":
+        # Only a run that has begun is resumed: a fine-tune that has not starts from its load_from.
+        if find_latest_checkpoint(cfg.work_dir):
+            cfg.resume, cfg.load_from = True, None
+    elif args.resume is not None:
+        cfg.resume, cfg.load_from = True, args.resume
     RUNNERS.build(cfg).train()
 
 
