@@ -1,7 +1,11 @@
-"""Adaptive patches on PhotoShapes, short fine-tuned from the dense model."""
+"""Adaptive patches on PhotoShapes: 5 % of the dense model's iterations at a tenth of its learning rate.
+
+Scored by the Laplacian: entropy is low where two plain colours meet, as they do at many borders of PhotoShapes'
+objects, and a patch merged across a border blurs it.
+"""
 
 _base_ = "eva02_tiny_dense_photoshapes.py"
-model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={8: 4.0}))
+model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={8: 0.02}, scorer="laplacian"))
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=5),
