@@ -13,4 +13,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=False, begin=5, end=max_iters, T_max=max_iters - 5),
 ]
 model = dict(type="ShortFinetuneCascadeRCNN", backbone=dict(scorer="laplacian", thresholds={16: 0.0139, 32: 0.0042}))
-load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_1200.pth"
+load_from = "work_dirs/det/eva02_tiny_dense_photoshapes/iter_1200.pth"

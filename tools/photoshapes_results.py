@@ -86,7 +86,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--removed", type=float, default=0.26, help="share of content tokens to remove (%(default)s)")
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs"), help="for checkpoints (%(default)s)")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("work_dirs"), help="for checkpoints, in a folder per task (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the tables (%(default)s)")
     return parser.parse_args(argv)
 
@@ -196,13 +198,13 @@ def table(results: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    task = TASKS[args.task]
+    task, work_dir = TASKS[args.task], args.work_dir / args.task
     config = task.configs.format
-    dense = train(config("dense"), args.work_dir)
+    dense = train(config("dense"), work_dir)
     thresholds = calibrate(task, args.removed)
     settings = {"train_cfg.val_begin": 10**9}  # the table has every figure
     settings |= {f"model.backbone.thresholds.{size}": t for size, t in thresholds.items()}
-    tuned = train(config("apt"), args.work_dir, load_from=dense, **settings)
+    tuned = train(config("apt"), work_dir, load_from=dense, **settings)
 
     rows = [
         Row("dense", config("dense"), dense),
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     if task.rectangles:
         rows.insert(1, Row("dense, not padded to a square", config("dense").replace(".py", "_rect.py"), dense))
         rows.append(Row("APT after, not padded to a square", config("apt").replace(".py", "_rect.py"), tuned))
-    evaluated = {row: evaluate(row, args.work_dir / f"photoshapes_{args.task}", thresholds) for row in rows}
+    evaluated = {row: evaluate(row, work_dir / "results", thresholds) for row in rows}
     seconds = time_interleaved({row.title: runner for row, (_, runner) in evaluated.items()})
 
     results = {
