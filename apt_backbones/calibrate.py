@@ -29,7 +29,7 @@ def score_maps_of(image: Tensor, sizes: Sequence[int], scorer: str = "entropy") 
     """Scores of one image (1, 3, H, W) for the merged sizes, and its base grid, for ``kept_shares``."""
     patch_size = sizes[0] // 2
     grid = [-(-side // patch_size) for side in image.shape[2:]]
-    return {patch_size: torch.empty(1, *grid), **score_patches(image, sizes, scorer)}
+    return {patch_size: torch.zeros(1, *grid), **score_patches(image, sizes, scorer)}
 
 
 def calibrate_thresholds(

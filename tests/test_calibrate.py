@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from apt_backbones import PatchLayout, score_patches, select_patches
@@ -93,3 +94,13 @@ def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsy
 def test_mistakes_end_in_one_line(folder, monkeypatch, arguments, message):
     with pytest.raises(SystemExit, match=message):
         run_tool(monkeypatch, "--images", folder, *arguments)
+
+
+def test_the_base_grid_holds_no_uninitialised_numbers():
+    """They could be NaN, which marks an image as unusable."""
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        maps = score_maps_of(torch.rand(1, 3, 32, 32) * 255, (16,))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert maps[8].isfinite().all()

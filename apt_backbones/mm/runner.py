@@ -1,7 +1,7 @@
 """mmengine's runner, with checkpoints that are read without executing them and that must fit the model."""
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed, nn
@@ -42,7 +42,6 @@ class APTRunner(Runner):
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        if self.distributed and not torch.cuda.is_available():
-            model = revert_sync_batchnorm(model)
-            model_wrapper_cfg = model_wrapper_cfg or dict(type="MMDistributedDataParallel", broadcast_buffers=False)
+        if self.distributed and not torch.cuda.is_available():  # mmengine would name GPUs
+            return MMDistributedDataParallel(revert_sync_batchnorm(model), broadcast_buffers=False)
         return super().wrap_model(model_wrapper_cfg, model)
