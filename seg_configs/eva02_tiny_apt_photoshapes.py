@@ -12,4 +12,4 @@ param_scheduler = [
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=5, end=120),
 ]
 train_cfg = dict(max_iters=120, val_interval=120)
-load_from = "work_dirs/eva02_tiny_dense_photoshapes/iter_2400.pth"
+load_from = "work_dirs/seg/eva02_tiny_dense_photoshapes/iter_2400.pth"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Test a detector or segmenter: ``tools/test.py CONFIG CHECKPOINT``, with the flags of the toolboxes' own.
 
-tools/test.py det_configs/eva02_tiny_apt_photoshapes.py work_dirs/eva02_tiny_apt_photoshapes/iter_150.pth
+tools/test.py det_configs/eva02_tiny_apt_photoshapes.py work_dirs/det/eva02_tiny_apt_photoshapes/iter_60.pth
 """
 
 import argparse
