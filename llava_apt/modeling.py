@@ -143,7 +143,8 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
         """As in transformers. ``thresholds``, ``scorer``, ``merge`` and ``image_tokens`` override the configuration's.
 
         Raises:
-            ValueError: the checkpoint lacks tensors other than all of APT's new layers, or is no LLaVA-1.5.
+            ValueError: the checkpoint lacks tensors other than all of APT's new layers, or is no LLaVA-1.5; or the
+                device map offloads the vision tower.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = set(info["missing_keys"])
@@ -154,6 +155,8 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path} lacks {len(lost)} tensors, among them {lost[0]}; "
                 "a complete LLaVA-1.5 checkpoint in transformers' layout is needed"
             )
+        if any(parameter.is_meta for parameter in model.model.vision_tower.parameters()):
+            raise ValueError("the vision tower cannot be offloaded to CPU or disk; give it a device in device_map")
         return (model, info) if output_loading_info else model
 
     def forward(

@@ -51,6 +51,7 @@ class AptClipVisionModel(CLIPVisionModel):
     sequence in raster order. The encoder layers are CLIP's, untouched, under their names."""
 
     config: AptClipVisionConfig
+    _no_split_modules = ["AptClipVisionModel"]  # the layout stays on one device
 
     def __init__(self, config: AptClipVisionConfig):
         if config.attention_dropout:

@@ -299,15 +299,22 @@ def test_bfloat16_counts_as_float32_does(checkpoint):
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 4
 
 
-def test_device_map(checkpoint):
-    """Weights that are moved in for each layer's turn: the hooks see the packed tower's inputs and outputs."""
+def test_device_map(checkpoint, tmp_path):
+    """The language model's weights are on disk, and moved in for each layer's turn; the tower stays in one piece."""
     plain, processor = load(checkpoint)
+    plain.save_pretrained(tmp_path)
     inputs = inputs_of(processor, [PROMPT], [photo(0)])
     with torch.no_grad():
         expected = plain(**inputs).logits
-    mapped, _ = load(checkpoint, device_map={"": "cpu"})
+    where = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    where["model.language_model"] = "disk"
+    mapped = LlavaAptForConditionalGeneration.from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "o")
     with torch.no_grad():
         assert difference(mapped(**inputs).logits, expected) <= 1e-6
+    assert "AptClipVisionModel" in mapped._no_split_modules
+    where |= {"model.vision_tower": "disk", "model.language_model": "cpu"}
+    with pytest.raises(ValueError, match="the vision tower cannot be offloaded"):
+        LlavaAptForConditionalGeneration.from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "o")
 
 
 def test_compiled_language_model(checkpoint):
