@@ -5,8 +5,8 @@ The vision tower is CLIP's, the language model Llama's, one to two million param
 learns first and is then frozen while the projector and the language model learn to answer. In place of CLIP's
 pretraining every image token is drawn towards the embeddings of the words for the shape and the colour that it shows.
 So that a CPU core suffices, all questions of an image share one pass over it (each sees the image and itself, no other
-question), attention starts out looking for similar tokens (arXiv 2305.09828), and two heads of the first two layers
-are told where to look: words for shapes and colours at the image tokens that show them, the answer at those words.
+question), attention starts out looking for similar tokens (arXiv 2305.09828), and two heads of the first layer are told
+where to look: from the word for a shape or a colour at the image tokens that show it.
 """
 
 import argparse
@@ -263,22 +263,17 @@ def train(args: argparse.Namespace) -> None:
                     lookup[processor.tokenizer.vocab[form]] = number
     llava.language_model.set_attn_implementation("eager")  # the others return no attention
 
-    def attended(attention_BHLL, match_BLL) -> torch.Tensor:
-        """Minus the log of the attention that two heads pay where they should, over the tokens that have a where."""
-        paid_BL = (attention_BHLL[:, :2].mean(1) * match_BLL).sum(-1)
-        return -(paid_BL[match_BLL.any(-1)] + 1e-4).log().mean()
-
-    def looking(attentions, batch) -> torch.Tensor:
-        """First layer: from words to the image tokens that they name. Second: from the answer to those words."""
-        ids, sees_BLL = batch["input_ids"], batch["attention_mask"][:, 0] == 0
-        shown_BL = torch.zeros(2, *ids.shape, dtype=torch.long)
-        for shown, what in zip(shown_BL, ("shapes", "colours")):
-            shown[ids == model.config.image_token_id] = batch[what].flatten()
-        named_BL = torch.stack([lookup[ids] for lookup in lookups])
-        at_image = ((named_BL[..., None] == shown_BL[:, :, None]) & (named_BL[..., None] > 0)).any(0)
-        asks = ids == processor.tokenizer.vocab["ASSISTANT:"]
-        at_words = asks[:, :, None] & (named_BL > 0).any(0)[:, None] & sees_BLL
-        return attended(attentions[0], at_image) + attended(attentions[1], at_words)
+    def looking(attention_BHLL, batch) -> torch.Tensor:
+        """Minus the log of the attention that words pay to the image tokens they name, over all that name some."""
+        is_image = batch["input_ids"] == model.config.image_token_id
+        first = int(is_image[0].nonzero()[0])
+        paid_BLC = attention_BHLL[:, :2].mean(1)[:, :, first : first + CELLS**2]
+        named = [
+            (lookup[batch["input_ids"]][:, :, None] == shown[:, None, :]) & (shown[:, None, :] > 0)
+            for lookup, shown in zip(lookups, (batch["shapes"], batch["colours"]))
+        ]
+        match_BLC = named[0] | named[1]
+        return -((paid_BLC * match_BLC).sum(-1)[match_BLC.any(-1)] + 1e-4).log().mean()
 
     def answers(batch) -> torch.Tensor:
         with torch.no_grad():
@@ -287,7 +282,7 @@ def train(args: argparse.Namespace) -> None:
         image.pooler_output = list(llava.multi_modal_projector(hidden))
         text = {name: value for name, value in batch.items() if name not in ("shapes", "colours")}
         outputs = model(**text, mm_encoder_outputs={"image": image}, output_attentions=True)
-        return torch.stack([outputs.loss, 0.2 * looking(outputs.attentions, batch)])
+        return torch.stack([outputs.loss, 0.2 * looking(outputs.attentions[0], batch)])
 
     seeing = [llava.vision_tower, llava.multi_modal_projector, embedding, no_name]
     parameters = [parameter for module in seeing for parameter in module.parameters()]
@@ -306,7 +301,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
     parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
     parser.add_argument("--alignment-steps", type=int, default=200, help="of the tower (%(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="of the language model (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of the language model (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="for answers; peak, cosine (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
