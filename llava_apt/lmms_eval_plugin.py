@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers
-from .prompt import IMAGE, question_prompt
+from .prompt import question_prompt
 
 MANIFEST = ModelManifest(
     model_id="llava_apt",
@@ -204,7 +204,8 @@ class LlavaAptChat(LlavaAptSimple):
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
         contents = [content for message in messages if message["role"] == "user" for content in message["content"]]
         images = _images([content["url"] for content in contents if content["type"] == "image"])
-        text = "".join(IMAGE if content["type"] == "image" else content["text"] for content in contents)
+        # Images come first in LLaVA's prompts anyway, and some tasks' texts hold their placeholders themselves.
+        text = "".join(content["text"] for content in contents if content["type"] == "text")
         return question_prompt(text, len(images)), images, settings
 
 

@@ -116,6 +116,15 @@ def test_batched_answers_are_those_of_one_by_one_in_order(checkpoint, kind):
         assert answer == lm.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
+def test_placeholders_in_a_chat_tasks_text_are_not_doubled(checkpoint):
+    lm = model(checkpoint, LlavaAptChat)
+    docs, instances = prepare(lm, "chat", max_new_tokens=5)
+    expected = [result.text for result in lm.generate_until(instances)]
+    for doc in docs:
+        doc["question"] = f"<image>\n{doc['question']}"
+    assert [result.text for result in lm.generate_until(instances)] == expected
+
+
 def test_answers_end_where_the_task_says(checkpoint):
     lm = model(checkpoint)
     _, instances = prepare(lm, "simple", max_new_tokens=5, min_new_tokens=5)
