@@ -12,5 +12,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=5),
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=False, begin=5, end=max_iters, T_max=max_iters - 5),
 ]
-model = dict(type="ShortFinetuneCascadeRCNN", backbone=dict(scorer="laplacian", thresholds={16: 0.0139, 32: 0.0042}))
+model = dict(type="ShortFinetuneCascadeRCNN", backbone=dict(scorer="laplacian", thresholds={16: 0.0155, 32: 0.0046}))
 load_from = "work_dirs/det/eva02_tiny_dense_photoshapes/iter_1200.pth"

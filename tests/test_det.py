@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
 import apt_backbones.mm.det  # noqa: F401
-from apt_backbones import convert_eva02, load_converted
+from apt_backbones import convert_eva02, load_converted, read_checkpoint
 from tests.golden import load_golden, relative_error
 
 CONFIGS = sorted(Path("det_configs").glob("*.py"))
@@ -168,3 +168,14 @@ def test_the_large_configs_are_the_published_networks():
         assert (backbone.window_size, backbone.patch_size, backbone.img_size) == (32, 16, 1536)
         assert cfg.optim_wrapper.paramwise_cfg == dict(decay_rate=decay, decay_all=True)
         assert cfg.param_scheduler[1].milestones == [48000, 54000]
+
+
+def test_the_shipped_detector_fits_its_config_and_merges_content():
+    cfg = Config.fromfile("det_configs/eva02_tiny_apt_photoshapes.py")
+    init_default_scope("mmdet")
+    detector = MODELS.build(cfg.model).eval()
+    weights = read_checkpoint("det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors")
+    load_converted(detector, weights)
+    assert weights["backbone.adaptive_embed.zero_mlp.weight"].any(), "the short fine-tune has left no trace"
+    detect(detector, torch.full((128, 192, 3), 90, dtype=torch.uint8))
+    assert detector.backbone.last_layout.num_tokens < 24 * 24 / 2

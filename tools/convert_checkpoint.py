@@ -56,6 +56,7 @@ def write(weights: dict[str, Tensor], target: Path) -> None:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
         else:
             torch.save({"state_dict": weights, "meta": {}}, temporary)
+        os.chmod(temporary, 0o644)  # temporary files are private
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

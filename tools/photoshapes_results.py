@@ -85,7 +85,7 @@ class Row:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--removed", type=float, default=0.26, help="share of content tokens to remove (%(default)s)")
+    parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")
     parser.add_argument(
         "--work-dir", type=Path, default=Path("work_dirs"), help="for checkpoints, in a folder per task (%(default)s)"
     )
