@@ -85,6 +85,7 @@ class Row:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--dense", type=Path, metavar="FILE", help="weights of a dense model, instead of training one")
     parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")
     parser.add_argument(
         "--work-dir", type=Path, default=Path("work_dirs"), help="for checkpoints, in a folder per task (%(default)s)"
@@ -179,13 +180,14 @@ def table(results: dict) -> str:
         cells += [f"{row['images_per_second']:.2f}", f"{row['images_per_second'] / dense:.2f}x"]
         lines.append("| " + " | ".join(cells) + " |")
     thresholds = ", ".join(f"{size} px: {t:g}" for size, t in results["thresholds"].items())
+    minutes = results["minutes_dense"]
+    trained = "" if minutes is None else f"Dense training from scratch took {minutes:.0f} minutes. "
     return "\n".join(
         [
             f"# PhotoShapes: {results['task']}",
             "",
             f"Made by `{results['command']}` on {results['hardware']}.",
-            f"Dense training from scratch took {results['minutes_dense']:.0f} minutes, the short fine-tune "
-            f"{results['minutes_short_finetune']:.1f}. Thresholds ({results['scorer']}): {thresholds}.",
+            f"{trained}The short fine-tune took {results['minutes_short_finetune']:.1f} minutes. Thresholds ({results['scorer']}): {thresholds}.",
             "",
             *lines,
             "",
@@ -200,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     task, work_dir = TASKS[args.task], args.work_dir / args.task
     config = task.configs.format
-    dense = train(config("dense"), work_dir)
+    dense = args.dense or train(config("dense"), work_dir)
     thresholds = calibrate(task, args.removed)
     settings = {"train_cfg.val_begin": 10**9}  # the table has every figure
     settings |= {f"model.backbone.thresholds.{size}": t for size, t in thresholds.items()}
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "scorer": scorer_of(Config.fromfile(config("apt"))),
         "thresholds": thresholds,
-        "minutes_dense": minutes_trained(dense),
+        "minutes_dense": None if args.dense else minutes_trained(dense),
         "minutes_short_finetune": minutes_trained(tuned),
         "rows": [
             {
