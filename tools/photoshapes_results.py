@@ -187,7 +187,8 @@ def table(results: dict) -> str:
             f"# PhotoShapes: {results['task']}",
             "",
             f"Made by `{results['command']}` on {results['hardware']}.",
-            f"{trained}The short fine-tune took {results['minutes_short_finetune']:.1f} minutes. Thresholds ({results['scorer']}): {thresholds}.",
+            f"{trained}The short fine-tune took {results['minutes_short_finetune']:.1f} minutes. "
+            f"Thresholds ({results['scorer']}): {thresholds}.",
             "",
             *lines,
             "",
