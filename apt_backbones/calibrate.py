@@ -44,7 +44,7 @@ def calibrate_thresholds(
         ratios: threshold of each size relative to that of the smallest; 1 for every size if not given.
 
     Returns:
-        size -> threshold, rounded to 4 digits. The share they give is the closest from below that these images
+        size -> threshold, to 5 significant digits. The share they give is the closest from below that these images
         allow: scores are discrete, so a budget is met up to one patch.
 
     Raises:
@@ -59,7 +59,7 @@ def calibrate_thresholds(
     cells = torch.tensor([scores[patch_size].numel() for scores in score_maps], dtype=torch.float64)
 
     def thresholds_at(threshold: float) -> dict[int, float]:
-        return {size: round(threshold * ratio, 4) for size, ratio in zip(sizes, ratios)}
+        return {size: float(f"{threshold * ratio:.5g}") for size, ratio in zip(sizes, ratios)}
 
     def share_at(threshold: float) -> float:
         return float((kept_shares(score_maps, thresholds_at(threshold), patch_size) * cells).sum() / cells.sum())
@@ -73,7 +73,7 @@ def calibrate_thresholds(
         )
     if share_at(low) <= keep:
         return thresholds_at(low)
-    while high - low > 5e-5:  # half of the last digit that is kept
+    while high - low > 1e-5 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if share_at(middle) <= keep else (middle, high)
     return thresholds_at(high)

@@ -44,6 +44,15 @@ def test_shares_count_the_tokens_of_every_image(score_maps):
         assert float(share) == pytest.approx(PatchLayout.build(sides, 8, SIZES).num_tokens / sides.numel())
 
 
+@pytest.mark.parametrize("scorer", ["laplacian", "upsample_mse"])
+def test_budgets_are_met_whatever_the_scorer_s_unit(scorer):
+    """Mean squared errors are of the order of 0.0001."""
+    maps = [score_maps_of(photo, (16, 32), scorer) for photo in PHOTOS]
+    shares = kept_shares(maps, calibrate_thresholds(maps, 8, 0.6), 8)
+    cells = torch.tensor([scores[8].numel() for scores in maps])
+    assert 0.58 < float((shares * cells).sum() / cells.sum()) <= 0.6
+
+
 def test_keeping_everything_merges_nothing(score_maps):
     assert calibrate_thresholds(score_maps, 8, 1.0) == {16: 0.0, 32: 0.0, 64: 0.0}
 
