@@ -267,10 +267,16 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert files(tmp_path / "empty") == files(tmp_path / "set")
 
 
+def heed_interrupts():
+    """Whatever started the tests in the background may have told them to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path, stop):
     arguments = ["set", "--train", "100000", "--workers", "2"]
-    with subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+    options = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    with subprocess.Popen([sys.executable, SCRIPT, *arguments], **options) as run:
         while not list(tmp_path.rglob("*.jpg")):
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.05)
