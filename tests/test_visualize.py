@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from apt_backbones.images import find_images, read_rgb
 
@@ -70,7 +70,8 @@ def test_exif_orientation_is_applied(tmp_path):
     assert read_rgb(tmp_path / "turned.jpg").size == (2, 4)
 
 
-def test_damaged_images_are_named(tmp_path):
+def test_damaged_images_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval switches it on for the whole process
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"cut\.png is not a readable image"):
