@@ -82,6 +82,12 @@ def test_training_steps_leave_out_modes_without_new_layers(folder, monkeypatch, 
     assert Image.open(folder / "speed_config.png").width > 300
 
 
+@pytest.mark.parametrize("config", ["det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_l_apt_512.py"])
+def test_the_project_s_own_configs_can_be_benchmarked(config):
+    _, arguments = runpy.run_path(str(TOOLS / "benchmark.py"))["load_backbone_config"](str(TOOLS.parent / config))
+    assert APTEva02(**{**arguments, "depth": 1, "out_indices": (0,), "global_blocks": ()}).thresholds
+
+
 @pytest.mark.parametrize(
     "arguments, message", [(["--modes", "dense,fast"], "unknown modes fast"), (["--keep", 0.0], "above 0")]
 )

@@ -43,6 +43,7 @@ from apt_backbones.freeze import is_new
 from apt_backbones.images import find_images, read_rgb, to_tensor
 
 MODES = ("dense", "dense-rect", "packed", "random", "resizing", "apt")
+HOST_ONLY = ("type", "init_cfg", "test_dtype", "drop_path_rate")  # what a config says to mmengine, or for training
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # scikit-image's, in three aspect ratios
 
@@ -75,7 +76,7 @@ def load_backbone_config(config: str) -> tuple[object, dict]:
     from mmengine.config import Config
 
     cfg = Config.fromfile(config, import_custom_modules=False)
-    arguments = {k: v for k, v in cfg.model.backbone.items() if k not in ("type", "init_cfg", "drop_path_rate")}
+    arguments = {k: v for k, v in cfg.model.backbone.items() if k not in HOST_ONLY}
     return cfg, {**arguments, "with_cp": False}
 
 
