@@ -201,6 +201,8 @@ def table(results: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.dense and not args.dense.is_file():
+        sys.exit(f"error: no checkpoint at {args.dense}; leave out --dense to train one")
     task, work_dir = TASKS[args.task], args.work_dir / args.task
     config = task.configs.format
     dense = args.dense or train(config("dense"), work_dir)
