@@ -3,14 +3,29 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
+# Where a data set comes from, by the folder that configs name for it.
+SOURCES = {
+    "data/coco": "put COCO there: train2017/, val2017/ and annotations/",
+    "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
+    "data/photoshapes": "make it with: python tools/make_photoshapes.py data/photoshapes",
+}
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring: its first line, then its examples as they stand."""
+    first, _, rest = doc.partition("\n")
+    return argparse.ArgumentParser(
+        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work-dir", help="folder for logs and checkpoints (work_dirs/CONFIG)")
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints (work_dirs/det/CONFIG, work_dirs/seg/...)")
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, help='settings that replace the file\'s: key=value, key="[a,b]"'
     )
@@ -19,21 +34,65 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The configuration file with the flags applied."""
+    """The configuration file with the flags applied.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no mmdetection or mmsegmentation configuration.
+    """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f"no configuration at {args.config}; see det_configs/ and seg_configs/")
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+        merge_number_keys(cfg._cfg_dict)
+    toolbox = cfg.get("default_scope", "").removeprefix("mm")  # the two toolboxes have configs of the same name
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", toolbox, Path(args.config).stem))
     return cfg
 
 
+def read_config(path: str) -> Config:
+    """An mmdetection or mmsegmentation configuration file; raises as ``load_config``."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no configuration at {path}; see det_configs/ and seg_configs/")
+    if Path(path).suffix not in (".py", ".json", ".yaml", ".yml"):
+        raise ValueError(f"{path} is no configuration file; name one of det_configs/ or seg_configs/")
+    cfg = Config.fromfile(path)
+    if "model" not in cfg:
+        raise ValueError(f"{path} configures no model; name one of det_configs/ or seg_configs/, not of _base_/")
+    return cfg
+
+
+def merge_number_keys(settings: dict) -> None:
+    """Give the values of keys such as "32" to the keys 32 beside them, in place and at any depth.
+
+    ``--cfg-options model.backbone.thresholds.32=2`` names its key by a string, where configurations have a number.
+    """
+    for key in list(settings):
+        if isinstance(key, str) and key.isdecimal() and int(key) in settings:
+            settings[int(key)] = settings.pop(key)
+    for value in settings.values():
+        if isinstance(value, dict):
+            merge_number_keys(value)
+
+
+def check_data(cfg: Config, loaders: Iterable[str]) -> None:
+    """Raise FileNotFoundError, with what to do, if the folder of a data loader's data set does not exist."""
+    for loader in loaders:
+        root = (cfg.get(loader) or {}).get("dataset", {}).get("data_root")
+        if root and not Path(root).is_dir():
+            advice = SOURCES.get(root.rstrip("/"), "put the data set there")
+            raise FileNotFoundError(
+                f"no data at {root}; {advice} (another place: --cfg-options {loader}.dataset.data_root=FOLDER, "
+                "and the evaluator's ann_file if it has one)"
+            )
+
+
 def run(main: Callable[[], object]) -> None:
-    """Run a tool; files that are missing are reported in one line."""
+    """Run a tool; what the user can mend is reported in one line. ``python -X dev`` shows where it was raised."""
     try:
         main()
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")

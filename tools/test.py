@@ -1,18 +1,24 @@
 #!/usr/bin/env python
-"""Test a detector or segmenter: ``tools/test.py CONFIG CHECKPOINT``, with the flags of the toolboxes' own.
+"""Test a detector or segmenter, with the flags of mmdetection's and mmsegmentation's own tools/test.py.
 
-tools/test.py det_configs/eva02_tiny_apt_photoshapes.py work_dirs/det/eva02_tiny_apt_photoshapes/iter_60.pth
+examples:
+  python tools/test.py det_configs/eva02_tiny_apt_photoshapes.py \\
+      det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
+  python tools/test.py seg_configs/eva02_l_apt_512.py work_dirs/seg/eva02_l_apt_512/iter_4000.pth --show-dir painted
+
+Metrics and the tokens kept are printed and logged to the work directory. Runs without a GPU, too.
 """
 
 import argparse
+from pathlib import Path
 
-from mm_config import add_common_arguments, load_config, run
+from mm_config import add_common_arguments, check_data, load_config, parser_of, run
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("config", help="configuration file")
     parser.add_argument("checkpoint", help="checkpoint (.pth or .safetensors)")
     add_common_arguments(parser)
@@ -24,7 +30,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     cfg = load_config(args)
+    check_data(cfg, ["test_dataloader"])
     cfg.load_from = args.checkpoint
+    if not Path(args.checkpoint).is_file():  # before the data is read, which may take minutes
+        raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     if args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
     runner = RUNNERS.build(cfg)

@@ -1,19 +1,23 @@
 #!/usr/bin/env python
-"""Train a detector or segmenter: ``tools/train.py CONFIG``, with the flags of mmdetection's and mmsegmentation's own.
+"""Train a detector or segmenter, with the flags of mmdetection's and mmsegmentation's own tools/train.py.
 
-tools/train.py det_configs/eva02_tiny_dense_photoshapes.py --resume
-torchrun --nproc_per_node 8 tools/train.py det_configs/eva02_l_apt_1536.py --launcher pytorch --amp
+examples:
+  python tools/train.py det_configs/eva02_tiny_dense_photoshapes.py --resume
+  torchrun --nproc_per_node 8 tools/train.py det_configs/eva02_l_apt_1536.py --launcher pytorch --amp
+
+Adaptive configs short-fine-tune from the dense checkpoint that they name in load_from. Runs without a GPU, too.
 """
 
 import argparse
+from pathlib import Path
 
-from mm_config import add_common_arguments, load_config, run
+from mm_config import add_common_arguments, check_data, load_config, parser_of, run
 from mmengine.registry import RUNNERS
 from mmengine.runner import find_latest_checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("config", help="configuration file")
     add_common_arguments(parser)
     parser.add_argument("--amp", action="store_true", help="train with automatic mixed precision")
@@ -30,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
+    check_data(cfg, ["train_dataloader", "val_dataloader"])
     if args.amp:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
@@ -43,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             cfg.resume, cfg.load_from = True, None
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
+    if cfg.load_from and not Path(cfg.load_from).is_file():
+        raise FileNotFoundError(f"no checkpoint at {cfg.load_from}, from which {args.config} starts (load_from)")
     RUNNERS.build(cfg).train()
 
 

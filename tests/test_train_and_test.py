@@ -1,0 +1,117 @@
+"""tools/train.py and tools/test.py before anything trains: their flags, and mistakes that end in one line."""
+
+import runpy
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import mm_config  # noqa: E402
+
+DET, SEG = "det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def load(config, work_dir=None, **options):
+    return mm_config.load_config(
+        Namespace(config=config, work_dir=work_dir, cfg_options=options, launcher="none", local_rank=0)
+    )
+
+
+def test_thresholds_named_on_the_command_line_replace_those_of_the_file():
+    cfg = load(DET, **{"model.backbone.thresholds.16": 0.5})
+    assert dict(cfg.model.backbone.thresholds) == {16: 0.5, 32: 0.0046}
+
+
+def test_other_settings_replace_those_of_the_file():
+    cfg = load(DET, **{"model.backbone.scorer": "entropy", "train_cfg.max_iters": 7})
+    assert (cfg.model.backbone.scorer, cfg.train_cfg.max_iters) == ("entropy", 7)
+
+
+def test_every_config_has_a_work_dir_of_its_own():
+    assert load(DET).work_dir == "work_dirs/det/eva02_tiny_apt_photoshapes"
+    assert load(SEG).work_dir == "work_dirs/seg/eva02_tiny_apt_photoshapes"
+    assert load(SEG, work_dir="elsewhere").work_dir == "elsewhere"
+
+
+@pytest.mark.parametrize("config", [DET, SEG])
+def test_short_fine_tunes_start_from_where_dense_training_writes(config):
+    dense = load(config.replace("apt", "dense"))
+    assert load(config).load_from == f"{dense.work_dir}/iter_{dense.train_cfg.max_iters}.pth"
+
+
+def run(monkeypatch, tool, *arguments):
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+
+
+NO_DATA = ["--cfg-options", "test_dataloader.dataset.data_root=nowhere", "train_dataloader.dataset.data_root=nowhere"]
+
+
+@pytest.mark.parametrize(
+    "tool, arguments, message",
+    [
+        ("test.py", ["none.py", "x.pth"], "no configuration at none.py"),
+        ("test.py", ["README.md", "x.pth"], "README.md is no configuration file"),
+        ("test.py", ["det_configs/_base_/runtime.py", "x.pth"], "configures no model"),
+        ("test.py", ["det_configs/eva02_l_apt_1536.py", "x.pth"], "no data at data/coco/; put COCO there: train2017/"),
+        ("test.py", [DET, "x.pth", *NO_DATA], "no data at nowhere; put the data set there"),
+        ("train.py", [DET, *NO_DATA], "no data at nowhere"),
+        ("train.py", ["seg_configs/eva02_l_apt_512.py"], "no data at data/ade/ADEChallengeData2016; put ADE20K there"),
+    ],
+)
+def test_mistakes_end_in_one_line(monkeypatch, tmp_path, tool, arguments, message):
+    for name in ("README.md", "det_configs", "seg_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)  # a folder without data
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tool, *arguments)
+    assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
+
+
+def test_missing_photoshapes_are_made_by_a_command(monkeypatch, tmp_path):
+    cfg = load(DET)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"python tools/make_photoshapes.py data/photoshapes"):
+        mm_config.check_data(cfg, ["test_dataloader"])
+
+
+def test_a_missing_checkpoint_is_named_before_data_are_read(monkeypatch, tmp_path):
+    for tool in ("test.py", "train.py"):
+        here = [f"{name}_dataloader.dataset.data_root={tmp_path}" for name in ("train", "val", "test")]
+        checkpoint = [tmp_path / "none.pth"] if tool == "test.py" else []
+        load_from = [f"load_from={tmp_path}/none.pth"]
+        with pytest.raises(SystemExit, match=r"error: no checkpoint at .*none\.pth"):
+            run(monkeypatch, tool, DET, *checkpoint, "--cfg-options", *here, *load_from)
+
+
+def test_checkpoints_of_another_model_end_in_one_line():
+    def main():
+        from apt_backbones import load_converted
+
+        load_converted(torch.nn.Linear(1, 1), {"weight": torch.zeros(2, 1)})
+
+    with pytest.raises(SystemExit) as stop:
+        mm_config.run(main)
+    assert "of another model: 1 entries (bias) missing; 1 entries (weight (2, 1) instead of (1, 1))" in stop.value.code
+
+
+def test_errors_of_the_program_itself_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        mm_config.run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_help_has_examples(monkeypatch, capsys, tool):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tool, "--help")
+    assert f"\nexamples:\n  python tools/{tool} det_configs/" in capsys.readouterr().out
