@@ -2,7 +2,9 @@
 
 default_scope = "mmseg"
 runner_type = "APTRunner"
-custom_imports = dict(imports=["apt_backbones.mm", "apt_backbones.mm.seg", "apt_backbones.mm.seg_data"])
+custom_imports = dict(
+    imports=["apt_backbones.mm", "apt_backbones.mm.seg", "apt_backbones.mm.seg_data", "apt_backbones.mm.upernet"]
+)
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
