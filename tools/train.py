@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             cfg.resume, cfg.load_from = True, None
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
-    if cfg.load_from and not Path(cfg.load_from).is_file():
+    if cfg.get("load_from") and not Path(cfg.load_from).is_file():
         raise FileNotFoundError(f"no checkpoint at {cfg.load_from}, from which {args.config} starts (load_from)")
     RUNNERS.build(cfg).train()
 
