@@ -39,16 +39,22 @@ def conv3x3_of_resized(
     maps = [x.to(dtype) for x in maps]
     weights = weight.to(dtype).split([x.shape[1] for x in maps], dim=1)
     bias = bias if bias is None else bias.to(dtype)
+    use_kernel = has_kernel(maps[0])
+    memory_format = torch.channels_last if use_kernel else torch.contiguous_format
     with torch.autocast(device, enabled=False) if autocast else torch.no_grad():
-        if device == "cuda" and HAS_TRITON:
-            from .resized_conv_triton import add_resized_products
-
-            memory_format = torch.channels_last
-        else:
-            add_resized_products, memory_format = _add_resized_products, torch.contiguous_format
         full, kernel = (x.contiguous(memory_format=memory_format) for x in (maps[0], weights[0]))
         out_BOHW = F.conv2d(full, kernel, bias, padding=1).contiguous(memory_format=memory_format)
-        return add_resized_products(out_BOHW, maps[1:], weights[1:], align_corners)
+        if not use_kernel:
+            return _add_resized_products(out_BOHW, maps[1:], weights[1:], align_corners)
+        from .resized_conv_triton import add_resized_products
+
+        add_resized_products(out_BOHW, maps[1:], weights[1:], align_corners)
+        return out_BOHW
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the Triton kernel sums products like this tensor."""
+    return x.is_cuda and x.dtype != torch.float64 and HAS_TRITON
 
 
 def _add_resized_products(

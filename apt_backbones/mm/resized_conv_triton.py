@@ -6,6 +6,7 @@ resizes it along the columns and adds it to each of the four rows; all maps are 
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 COLUMNS, CHANNELS, ROWS = 8, 128, 4  # of a program: one 16-byte load per thread and row of products
 
 
+@torch.library.custom_op("apt_backbones::add_resized_products", mutates_args=("out_BOHW",))  # opaque to torch.compile
 def add_resized_products(
     out_BOHW: Tensor, maps: Sequence[Tensor], weights: Sequence[Tensor], align_corners: bool
-) -> Tensor:
+) -> None:
     """Add to ``out_BOHW`` (channels last), in place, the 3x3 convolutions of ``maps`` resized to its size."""
     batch, channels, height, width = out_BOHW.shape
     products = []
@@ -28,7 +30,6 @@ def add_resized_products(
     _add_kernel[grid](
         out_BOHW, tuple(products), sizes, height, width, channels, ALIGN=align_corners, COLUMNS=COLUMNS, CHANNELS=block
     )
-    return out_BOHW
 
 
 @triton.jit
