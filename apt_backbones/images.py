@@ -40,8 +40,8 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
 
 
-def find_images(paths: list[str]) -> list[Path]:
-    """Image files among the paths and, recursively, in the folders among them; sorted within each folder.
+def find_images(paths: list[str], suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Files among the paths and, recursively, those of the suffixes in the folders among them; sorted in each folder.
 
     Raises:
         FileNotFoundError: a path does not exist, or no image was found.
@@ -49,7 +49,7 @@ def find_images(paths: list[str]) -> list[Path]:
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
         elif path.exists():
             found.append(path)
         else:

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from apt_backbones import PatchLayout, score_patches, select_patches
-from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
+from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of, share_curves
 from tests.golden import load_golden
 
-TOOL = Path(__file__).parents[1] / "tools" / "calibrate.py"
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "calibrate.py"
+sys.path.insert(0, str(ROOT / "tools"))
 PHOTOS = [v.permute(2, 0, 1)[None].float() for k, v in load_golden("patch_scores").arrays.items() if "image/" in k]
 SIZES = (16, 32, 64)
 
@@ -37,6 +39,31 @@ def test_the_budget_is_met_by_the_model_s_own_layout(score_maps, keep, ratios):
     assert [thresholds[size] / thresholds[16] for size in SIZES] == pytest.approx(ratios or (1, 1, 1), abs=1e-3)
 
 
+def test_a_size_whose_ratio_is_zero_is_not_used(score_maps):
+    thresholds = calibrate_thresholds(score_maps, 8, 0.6, (1, 0, 0))
+    assert thresholds == {
+        **calibrate_thresholds([{k: m[k] for k in (8, 16)} for m in score_maps], 8, 0.6),
+        32: 0,
+        64: 0,
+    }
+
+
+def test_a_score_that_many_patches_share_is_passed():
+    """Merging is strict, so the threshold must lie above the scores that the budget needs."""
+    maps = [score_maps_of(torch.zeros(1, 3, 64, 64), (16,)), score_maps_of(PHOTOS[0], (16,))]
+    maps[0][16] += 5.0
+    (threshold,) = calibrate_thresholds(maps[:1], 8, 0.9).values()
+    assert 5 < threshold < 5.001
+
+
+def test_curves_are_the_shares_at_every_threshold(score_maps):
+    steps, ratios = [0.0, 3.0, 5.0, 5.5, 9.0], (1.0, 0.9, 0.5)
+    curves = share_curves(score_maps, 8, steps, ratios)
+    for step, shares in zip(steps, curves):
+        thresholds = {size: step * ratio for size, ratio in zip(SIZES, ratios)}
+        assert shares.tolist() == pytest.approx(kept_shares(score_maps, thresholds, 8).tolist())
+
+
 def test_shares_count_the_tokens_of_every_image(score_maps):
     thresholds = {16: 5.0, 32: 4.0, 64: 3.0}
     for photo, share in zip(PHOTOS, kept_shares(score_maps, thresholds, 8)):
@@ -55,6 +82,12 @@ def test_budgets_are_met_whatever_the_scorer_s_unit(scorer):
 
 def test_keeping_everything_merges_nothing(score_maps):
     assert calibrate_thresholds(score_maps, 8, 1.0) == {16: 0.0, 32: 0.0, 64: 0.0}
+
+
+@pytest.mark.parametrize("ratios", [(1, -1, 1), (0, 0, 0), (1, 1)])
+def test_impossible_ratios_are_refused(score_maps, ratios):
+    with pytest.raises(ValueError, match="ratios"):
+        calibrate_thresholds(score_maps, 8, 0.7, ratios)
 
 
 @pytest.mark.parametrize("keep, message", [(0.01, "cannot be met"), (0.0, "above 0"), (1.5, "at most 1")])
@@ -87,7 +120,7 @@ def test_the_tool_prints_the_line_to_paste(folder, monkeypatch, capsys):
 def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsys):
     config = folder / "config.py"
     config.write_text(
-        "model = dict(backbone=dict(thresholds={16: 1.0}, scorer='laplacian'))\n"
+        "model = dict(backbone=dict(patch_size=8, thresholds={16: 1.0}, scorer='laplacian'))\n"
         "test_pipeline = [dict(type='Resize', scale=(128, 96), keep_ratio=True)]\n"
     )
     run_tool(monkeypatch, "--images", folder, "--config", config, "--keep", 0.5)
@@ -96,9 +129,37 @@ def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsy
     assert size == "16" and 0 < float(threshold) < 1, "a Laplacian's range, not an entropy's"
 
 
+def test_the_sample_depends_on_the_seed_only(folder, monkeypatch, capsys):
+    lines = []
+    for seed in (0, 0, 1):
+        run_tool(monkeypatch, "--images", folder, "--sizes", 32, "--keep", 0.7, "--sample", 1, "--seed", seed)
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1] != lines[2] and lines[0].startswith("1 images")
+
+
+def test_the_split_with_the_least_feature_error_is_taken(folder, monkeypatch, capsys):
+    config = ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"
+    weights = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"
+    budget = ["--images", folder, "--config", config, "--keep", 0.8]
+    run_tool(monkeypatch, *budget, "--checkpoint", weights, "--error-sample", 2)
+    printed = capsys.readouterr().out
+    errors = [float(error) for error in re.findall(r"% +│ (\d\.\d+)", printed)]
+    assert errors == sorted(errors) and len(errors) >= 5, "every split meets the budget; the best comes first"
+    best = re.search(r"│ ([\d. :]+?)(?: \(as given\))? +│", printed)[1].split(" : ")
+    run_tool(monkeypatch, *budget, "--ratios", *best)
+    assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--keep", 0.7], "name the merged patch sizes"), (["--sizes", 32, "--keep", 2], "at most 1")],
+    [
+        (["--keep", 0.7], "name the merged patch sizes"),
+        (["--sizes", 32, "--keep", 2], "at most 1"),
+        (["--sizes", 32, 48, "--keep", 0.7], "must be even and double"),
+        (["--sizes", 32, "--keep", 0.7, "--checkpoint", "x.pth"], "--checkpoint needs the --config"),
+        (["--config", ROOT / "det_configs/eva02_l_dense_1536.py", "--keep", 0.7], "has no thresholds"),
+        (["--sizes", 32, "--keep", 1, "--plot", "x.png"], "no threshold to plot"),
+    ],
 )
 def test_mistakes_end_in_one_line(folder, monkeypatch, arguments, message):
     with pytest.raises(SystemExit, match=message):

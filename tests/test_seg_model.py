@@ -201,6 +201,17 @@ def test_images_smaller_than_a_patch_are_padded(height, width):
     assert logits.shape == (1, CLASSES, height, width) and logits.isfinite().all()
 
 
+def test_images_too_narrow_for_a_quarter_size_map_are_padded():
+    """The tiny configs' coarsest map has a quarter of the grid's cells along each side."""
+    narrow = config(test_cfg=dict(mode="slide", crop_size=(96, 96), stride=(64, 64)))
+    narrow["neck"]["rescales"] = [2, 1, 0.5, 0.25]
+    init_default_scope("mmseg")
+    model = MODELS.build(narrow).eval()
+    with torch.no_grad():
+        logits = model.slide_inference(torch.randn(1, 3, 96, 40), [dict(ori_shape=(96, 40))])
+    assert logits.shape == (1, CLASSES, 96, 40) and logits.isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------- bad settings
 
 

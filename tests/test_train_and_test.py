@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+import cli  # noqa: E402
 import mm_config  # noqa: E402
 
 DET, SEG = "det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"
@@ -101,13 +102,13 @@ def test_checkpoints_of_another_model_end_in_one_line():
         load_converted(torch.nn.Linear(1, 1), {"weight": torch.zeros(2, 1)})
 
     with pytest.raises(SystemExit) as stop:
-        mm_config.run(main)
+        cli.run(main)
     assert "of another model: 1 entries (bias) missing; 1 entries (weight (2, 1) instead of (1, 1))" in stop.value.code
 
 
 def test_errors_of_the_program_itself_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        mm_config.run(lambda: 1 / 0)
+        cli.run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("tool", ["train.py", "test.py"])

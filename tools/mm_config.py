@@ -2,8 +2,7 @@
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -14,14 +13,6 @@ SOURCES = {
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
     "data/photoshapes": "make it with: python tools/make_photoshapes.py data/photoshapes",
 }
-
-
-def parser_of(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring: its first line, then its examples as they stand."""
-    first, _, rest = doc.partition("\n")
-    return argparse.ArgumentParser(
-        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,13 +77,3 @@ def check_data(cfg: Config, loaders: Iterable[str]) -> None:
                 f"no data at {root}; {advice} (another place: --cfg-options {loader}.dataset.data_root=FOLDER, "
                 "and the evaluator's ann_file if it has one)"
             )
-
-
-def run(main: Callable[[], object]) -> None:
-    """Run a tool; what the user can mend is reported in one line. ``python -X dev`` shows where it was raised."""
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -12,7 +12,8 @@ Metrics and the tokens kept are printed and logged to the work directory. Runs w
 import argparse
 from pathlib import Path
 
-from mm_config import add_common_arguments, check_data, load_config, parser_of, run
+from cli import parser_of, run
+from mm_config import add_common_arguments, check_data, load_config
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 

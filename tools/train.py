@@ -11,7 +11,8 @@ Adaptive configs short-fine-tune from the dense checkpoint that they name in loa
 import argparse
 from pathlib import Path
 
-from mm_config import add_common_arguments, check_data, load_config, parser_of, run
+from cli import parser_of, run
+from mm_config import add_common_arguments, check_data, load_config
 from mmengine.registry import RUNNERS
 from mmengine.runner import find_latest_checkpoint
 

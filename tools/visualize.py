@@ -1,28 +1,43 @@
 #!/usr/bin/env python
-"""Draw which patches an image gets.
+"""Draw which patches an image gets, for images and videos; with a checkpoint also what the model predicts.
 
 examples:
   python tools/visualize.py photo.jpg
   python tools/visualize.py photos/ --resize 1536 --thresholds 32:5.5 64:5 128:4 --out-dir pictures
   python tools/visualize.py photo.jpg --patch-size 14 --resize 336 --thresholds 28:5.75 --show both
+  python tools/visualize.py clip.mp4 --resize 640 --format gif
+  python tools/visualize.py photo.jpg --config det_configs/eva02_l_apt_1536.py
+  python tools/visualize.py data/photoshapes/images/validation/000001.jpg \\
+      --config det_configs/eva02_tiny_apt_photoshapes.py \\
+      --checkpoint det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
+
+The standard grid is drawn beside the chosen patches; captions hold the tokens and the saving. Padding that a model adds
+is left out, and where a segmenter cuts crops, its patches follow the crops' corners instead of the image's. Runs
+without a GPU.
 """
 
 import argparse
-import sys
+import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from cli import parser_of, run
+from drawing import compose, draw_grid, draw_heat, even, size_caption, standard_layout, zoom_for
+from patch_settings import PatchSettings, settings_of, with_longest_side
+from PIL import Image
+from rich.console import Console
 from rich.progress import track
+from video import VIDEO_SUFFIXES, is_video, read_frames, write_video
 
 from apt_backbones import PatchLayout, score_patches, select_patches
-from apt_backbones.images import find_images, read_rgb, to_tensor
+from apt_backbones.images import IMAGE_SUFFIXES, find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_thresholds
 
-# Okabe and Ito's colours, told apart with any colour vision; the base patch, then each size above it.
-COLOURS = ((255, 255, 255), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115), (213, 94, 0))
-PANEL_SIDE = 1000  # pixels that the longer side of a drawn image has at least
+IMAGE_PANEL, VIDEO_PANEL = 1000, 640  # pixels near which the longer side of a drawn picture lies, if it is small
+VIDEO_WIDTH = 1920  # pixels that a frame of an output video has at most
+
+console = Console(stderr=True)
 
 
 def parse_thresholds(items: list[str], patch_size: int) -> dict[int, float]:
@@ -34,114 +49,126 @@ def parse_thresholds(items: list[str], patch_size: int) -> dict[int, float]:
     return check_thresholds(thresholds, patch_size)
 
 
-def draw_grid(image: Image.Image, layout: PatchLayout) -> Image.Image:
-    """The image with every patch outlined in its size's colour; larger patches are tinted a little."""
-    zoom = max(1, round(PANEL_SIDE / max(image.size)))
-    canvas = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.LANCZOS).convert("RGBA")
-    lines = Image.new("RGBA", canvas.size)
-    draw = ImageDraw.Draw(lines)
-    cell = layout.patch_size * zoom
-    width = max(1, round(max(canvas.size) / 1000))
-    for side, colour in zip(layout.sizes, COLOURS):
-        base = side == layout.patch_size
-        tint, outline = (*colour, 0 if base else 70), (*colour, 80 if base else 230)
-        for token in layout.sizes[side].tolist():
-            x, y = int(layout.column_T[token]) * cell, int(layout.row_T[token]) * cell
-            corners = (x, y, x + side * zoom, y + side * zoom)
-            draw.rectangle(corners, fill=tint, outline=outline, width=width)
-    return Image.alpha_composite(canvas, lines).convert("RGB")
-
-
-def draw_scores(image: Image.Image, scores: torch.Tensor) -> Image.Image:
-    """The image in grey under a heat map of one size's scores (1, h, w); overhanging patches stay grey."""
-    from matplotlib import colormaps
-
-    zoom = max(1, round(PANEL_SIDE / max(image.size)))
-    size = (image.width * zoom, image.height * zoom)
-    values = scores[0].numpy()
-    inside = np.isfinite(values)
-    low, high = (values[inside].min(), values[inside].max()) if inside.any() else (0, 1)
-    heat = colormaps["viridis"]((values - low) / max(high - low, 1e-9))
-    heat[..., 3] = np.where(inside, 0.65, 0)
-    heat = Image.fromarray((heat * 255).astype(np.uint8), "RGBA").resize(size, Image.Resampling.NEAREST)
-    return Image.alpha_composite(image.convert("L").resize(size).convert("RGBA"), heat).convert("RGB")
-
-
-def compose(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Panels beside each other, each with a caption below."""
-    gap, font_size = 16, max(14, panels[0][1].width // 36)
-    font = ImageFont.load_default(font_size)
-    while font_size > 8 and any(font.getlength(caption) > panel.width for caption, panel in panels):
-        font_size -= 1
-        font = ImageFont.load_default(font_size)
-    width = sum(panel.width for _, panel in panels) + gap * (len(panels) + 1)
-    sheet = Image.new("RGB", (width, panels[0][1].height + 3 * gap + font_size), "white")
-    draw, x = ImageDraw.Draw(sheet), gap
-    for caption, panel in panels:
-        sheet.paste(panel, (x, gap))
-        draw.text((x, panel.height + int(1.6 * gap)), caption, fill="black", font=font)
-        x += panel.width + gap
-    return sheet
-
-
-def visualize(image: Image.Image, patch_size: int, thresholds: dict[int, float], scorer: str, show: str) -> Image.Image:
-    """One sheet: the standard grid beside the chosen patches, heat maps of the scores, or both."""
-    tensor = to_tensor(image)
-    sizes = tuple(thresholds)
-    scores = score_patches(tensor, sizes, scorer)
-    sides = select_patches(scores, thresholds, patch_size, tensor.shape[2:])
-    chosen = PatchLayout.build(sides, patch_size, sizes)
-    standard = PatchLayout.build(torch.full_like(sides, patch_size), patch_size)
+def panels_of(image: Image.Image, settings: PatchSettings, show: str, zoom: int) -> list:
+    """Captions and pictures: the standard grid beside the chosen patches, heat maps of the scores, or both."""
+    tensor, sizes = to_tensor(image), tuple(settings.thresholds)
+    scores = score_patches(tensor, sizes, settings.scorer)
+    sides = select_patches(scores, settings.thresholds, settings.patch_size, tensor.shape[2:])
+    chosen = PatchLayout.build(sides, settings.patch_size, sizes)
     panels = []
     if show in ("grid", "both"):
+        standard = standard_layout(chosen)
         saved = 1 - chosen.num_tokens / standard.num_tokens
-        counts = ", ".join(f"{len(index)} x {size} px" for size, index in chosen.sizes.items())
-        panels.append((f"standard: {standard.num_tokens} tokens", draw_grid(image, standard)))
-        panels.append((f"adaptive: {chosen.num_tokens} tokens, {saved:.0%} fewer: {counts}", draw_grid(image, chosen)))
+        panels.append((f"standard: {standard.num_tokens} tokens", draw_grid(image, standard, zoom)))
+        caption = size_caption(f"adaptive: {chosen.num_tokens} tokens, {saved:.0%} fewer", chosen)
+        panels.append((caption, draw_grid(image, chosen, zoom)))
     if show in ("scores", "both"):
         for size in sizes:
             inside = scores[size][scores[size].isfinite()]
             span = f", {inside.min():.2f} to {inside.max():.2f}" if len(inside) else ""
-            caption = f"{scorer} at {size} px{span} (threshold {thresholds[size]:g})"
-            panels.append((caption, draw_scores(image, scores[size])))
-    return compose(panels)
+            caption = f"{settings.scorer} at {size} px{span} (threshold {settings.thresholds[size]:g})"
+            panels.append((caption, draw_heat(image, scores[size][0], size, zoom)))
+    return panels
+
+
+def settings_by(args: argparse.Namespace) -> PatchSettings:
+    """The configuration's settings with the flags that were given in their place."""
+    if args.config:
+        settings = settings_of(args.config)
+    else:
+        settings = PatchSettings(args.patch_size or 16, {}, "entropy", with_longest_side(None))
+    if args.patch_size:
+        settings = replace(settings, patch_size=args.patch_size)
+    if args.scorer:
+        settings = replace(settings, scorer=args.scorer)
+    if args.resize:
+        settings = replace(settings, prepare=with_longest_side(args.resize))
+    if args.thresholds:
+        return replace(settings, thresholds=parse_thresholds(args.thresholds, settings.patch_size))
+    if not args.config:
+        return replace(settings, thresholds={2 * settings.patch_size: 5.5, 4 * settings.patch_size: 4.0})
+    if not settings.thresholds:
+        raise ValueError(f"{args.config} has no thresholds: its model is dense; name an adaptive one, or --thresholds")
+    return replace(settings, thresholds=check_thresholds(settings.thresholds, settings.patch_size))
+
+
+class Sheets:
+    """Makes the sheet of a picture: its patches, and a model's predictions if there is one."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.settings, self.show, self.score, self.model = settings_by(args), args.show, args.score, None
+        if args.checkpoint:
+            if not args.config or Path(args.config).is_dir():
+                raise ValueError("--checkpoint needs the --config of a detector or segmenter")
+            from mm_model import MMModel
+
+            self.model = MMModel(args.config, args.checkpoint)
+            self.model.trunk.thresholds = dict(self.settings.thresholds)
+
+    def __call__(self, image: Image.Image, panel_side: int) -> Image.Image:
+        prepared = self.settings.prepare(image)
+        panels = panels_of(prepared, self.settings, self.show, zoom_for(prepared, panel_side))
+        if self.model is not None:
+            whole = image if image.width > prepared.width else prepared
+            with self.model.dense():
+                panels.append(("dense predictions", self.model.draw_predictions(whole, self.score)))
+            panels.append(("adaptive predictions", self.model.draw_predictions(whole, self.score)))
+        return compose(panels)
+
+
+def video_sheets(path: Path, sheets: Sheets) -> tuple[object, float]:
+    """Frames of the output video, one by one, and its frames per second."""
+    frames, fps, count = read_frames(path)
+
+    def drawn():
+        for frame in track(frames, description=path.name, total=count, console=console, transient=True):
+            sheet = sheets(frame, VIDEO_PANEL)
+            if sheet.width > VIDEO_WIDTH:
+                sheet = sheet.resize((VIDEO_WIDTH, round(sheet.height * VIDEO_WIDTH / sheet.width)))
+            yield even(sheet)
+
+    return drawn(), fps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="\n".join(__doc__.splitlines()[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("paths", nargs="+", metavar="IMAGE|DIR", help="image files, or folders to search for them")
-    parser.add_argument("--patch-size", type=int, default=16, help="side of the base patch in pixels (default: 16)")
-    parser.add_argument(
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="IMAGE|DIR|VIDEO", help="files, or folders to search for images and videos")
+    add("--config", help="detection or segmentation config, or folder of a LLaVA model, to take all settings from")
+    add("--checkpoint", metavar="FILE", help="weights of that config: predictions are drawn, too, dense and adaptive")
+    add("--patch-size", type=int, help="side of the base patch in pixels (default: the config's, or 16)")
+    add(
         "--thresholds",
         nargs="+",
         metavar="SIZE:THRESHOLD",
-        help="merge patches of SIZE pixels that score below THRESHOLD (default: 5.5 at twice, 4 at 4 times the base)",
+        help="merge patches of SIZE pixels that score below THRESHOLD "
+        "(default: the config's, or 5.5 at twice, 4 at 4 times the base)",
     )
-    parser.add_argument("--scorer", choices=SCORERS, default="entropy", help="default: entropy, in bits")
-    parser.add_argument("--show", choices=("grid", "scores", "both"), default="grid", help="default: grid")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="resize the longer side first, as a model would")
-    parser.add_argument("--out-dir", type=Path, default=Path("."), help="folder for NAME_patches.png (default: here)")
+    add("--scorer", choices=SCORERS, help="default: the config's, or entropy, in bits")
+    add("--show", choices=("grid", "scores", "both"), default="grid", help="default: grid")
+    add("--resize", type=int, metavar="PIXELS", help="longer side to resize to, instead of what the config says")
+    add("--score", type=float, default=0.3, help="draw boxes from this score on (default: 0.3)")
+    add("--format", choices=("mp4", "gif"), default="mp4", help="of videos (default: mp4)")
+    add("--out-dir", type=Path, default=Path("."), help="folder for NAME_patches.png or .mp4 (default: here)")
     args = parser.parse_args()
-    default = [f"{2 * args.patch_size}:5.5", f"{4 * args.patch_size}:4"]
-    try:
-        thresholds = parse_thresholds(args.thresholds or default, args.patch_size)
-        paths = find_images(args.paths)
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        for path in track(paths, description="drawing", disable=len(paths) == 1):
-            image = read_rgb(path)
-            if args.resize:
-                scale = args.resize / max(image.size)
-                image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-            target = args.out_dir / f"{path.stem}_patches.png"
-            visualize(image, args.patch_size, thresholds, args.scorer, args.show).save(target)
-            print(target)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    for name, least in (("resize", 1), ("patch_size", 2)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    paths = find_images(args.paths, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    warnings.simplefilter("ignore")  # of the toolboxes, about what this tool leaves out
+    sheets = Sheets(args)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    times = Counter(path.stem for path in paths)
+    for path in track(paths, description="drawing", console=console, transient=True, disable=len(paths) == 1):
+        name = path.stem if times[path.stem] == 1 else "_".join(path.parts[-2:]).replace(".", "_")
+        if is_video(path):
+            target = args.out_dir / f"{name}_patches.{args.format}"
+            write_video(target, *video_sheets(path, sheets))
+        else:
+            target = args.out_dir / f"{name}_patches.png"
+            sheets(read_rgb(path), IMAGE_PANEL).save(target)
+        print(target)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

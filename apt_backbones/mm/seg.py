@@ -109,9 +109,10 @@ class APTEncoderDecoder(EncoderDecoder):
                 state_dict[name] = own[name]
 
     def _pad(self, images: Tensor) -> Tensor:
-        """To whole patches, two at least: the coarsest map of the pyramid halves the grid."""
+        """To whole patches, as many at least as make one cell of the pyramid's coarsest map."""
         patch = self.backbone.patch_size
-        bottom, right = (max(-side % patch, 2 * patch - side) for side in images.shape[2:])
+        least = patch * round(1 / min(self.neck.rescales))
+        bottom, right = (max(-side % patch, least - side) for side in images.shape[2:])
         return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
     def _lengths(self, crops: Tensor) -> Sequence[int]:

@@ -1,0 +1,101 @@
+"""Which patches a model uses and how large it sees its images, by its configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from apt_backbones.scores import check_thresholds
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """Settings of one model.
+
+    Attributes:
+        patch_size: side of the base patch in pixels.
+        thresholds: merged size -> threshold.
+        scorer: whose unit the thresholds have.
+        prepare: an image as its file has it -> as large as the model sees it, without padding.
+    """
+
+    patch_size: int
+    thresholds: dict[int, float]
+    scorer: str
+    prepare: Callable[[Image.Image], Image.Image]
+
+
+def settings_of(config: str) -> PatchSettings:
+    """Settings by a detection or segmentation configuration, or by the folder of a LLaVA model.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is no such configuration.
+    """
+    is_llava = Path(config).is_dir() or Path(config).name == "config.json"
+    return _llava_settings(Path(config)) if is_llava else _mm_settings(config)
+
+
+def with_longest_side(pixels: int | None) -> Callable[[Image.Image], Image.Image]:
+    """Resizing to a longest side, for models without a configuration; None leaves images as they are."""
+
+    def prepare(image: Image.Image) -> Image.Image:
+        scale = pixels / max(image.size) if pixels else 1
+        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+
+    return prepare
+
+
+def _mm_settings(config: str) -> PatchSettings:
+    from mm_config import read_config
+
+    cfg = read_config(config)
+    model = cfg.model.get("module", cfg.model)  # test-time augmentation wraps the model
+    backbone = model.get("backbone", {})
+    patch_size = backbone.get("patch_size", 16)
+    thresholds = {int(size): float(threshold) for size, threshold in (backbone.get("thresholds") or {}).items()}
+    resizes = [step for step in cfg.get("test_pipeline", []) if "scale" in step]
+    return PatchSettings(
+        patch_size,
+        check_thresholds(thresholds, patch_size),
+        backbone.get("scorer", "entropy"),
+        _mm_resize(resizes[0]) if resizes else with_longest_side(None),
+    )
+
+
+def _mm_resize(step: dict) -> Callable[[Image.Image], Image.Image]:
+    """What mmcv's Resize does to an image, with its interpolation: other pixels have other scores."""
+    from mmcv import imrescale
+
+    def prepare(image: Image.Image) -> Image.Image:
+        pixels = imrescale(np.asarray(image), tuple(step["scale"]), backend=step.get("backend", "cv2"))
+        return Image.fromarray(pixels)
+
+    return prepare
+
+
+def _llava_settings(path: Path) -> PatchSettings:
+    from llava_apt import LlavaAptConfig
+    from llava_apt.image_processing import LlavaAptImageProcessor
+
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no config.json in {folder}; name the folder of a LLaVA model, or a configuration file"
+        )
+    vision = LlavaAptConfig.from_pretrained(folder).vision_config
+    processor = LlavaAptImageProcessor.from_pretrained(folder)
+    side = processor.crop_size["height"]
+
+    def prepare(image: Image.Image) -> Image.Image:
+        if processor.do_pad:  # to a square before resizing; the image itself fills it in one direction
+            return with_longest_side(side)(image)
+        scale = processor.size["shortest_edge"] / min(image.size)
+        width, height = (max(side, int(length * scale)) for length in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + side, top + side))
+
+    return PatchSettings(vision.patch_size, dict(vision.thresholds), vision.scorer, prepare)
