@@ -22,34 +22,41 @@ class OrdinaryEva02(nn.Module):
         super().__init__()
         if model.thresholds or model.padding != "coarsest":
             raise ValueError("the ordinary implementation is dense: give it a model without thresholds")
-        self.model = model
+        self.model, self.patch_size = model, model.patch_size
         self._constants: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        images = model._pad(images)
-        x = model.patch_embed.proj(images).permute(0, 2, 3, 1)
-        batch, height, width, dim = x.shape
-        positions, image_rope, window_rope = self._constants_of(height, width, images.device)
-        x = (x + positions).flatten(1, 2)
-        if model.cls_token is not None:
-            cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(batch, -1, -1)
-            x = torch.cat([cls_token.to(x.dtype), x], dim=1)
+        x, (height, width) = self._embed(model._pad(images))
+        _, image_rope, window_rope = self._constants_of(height, width, images.device)
         maps = {}
         for index, block in enumerate(model.blocks):
             normed = block.norm1(x)
             if model.window_size is None or index in model.global_blocks:
                 attended = _attention(block.attn, normed, image_rope)
             else:
-                windows, padded = _partition(normed.view(batch, height, width, dim), model.window_size)
+                windows, padded = _partition(normed.unflatten(1, (height, width)), model.window_size)
                 attended = _attention(block.attn, windows, window_rope)
                 attended = _unpartition(attended, model.window_size, padded, (height, width)).flatten(1, 2)
             x = x + attended
             x = x + block.mlp(block.norm2(x))
             if index in model.out_indices:
-                tokens = x[:, model.num_prefix :]
-                maps[index] = tokens.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+                maps[index] = self._to_map(x, height, width)
         return tuple(maps[index] for index in model.out_indices)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, N, D), a CLS token first where the model has one, and the grid."""
+        model = self.model
+        x = model.patch_embed.proj(images.to(model.patch_embed.proj.weight.dtype)).permute(0, 2, 3, 1)
+        grid = x.shape[1:3]
+        x = (x + self._constants_of(*grid, images.device)[0].to(x.dtype)).flatten(1, 2)
+        if model.cls_token is not None:
+            cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
+            x = torch.cat([cls_token.to(x.dtype), x], dim=1)
+        return x, grid
+
+    def _to_map(self, x: Tensor, height: int, width: int) -> Tensor:
+        return x[:, self.model.num_prefix :].transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -1,0 +1,76 @@
+"""All modes of one model, run in turn."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rich.progress import track
+
+from .cases import Case
+from .clock import Laps, Parts, Stopwatch, peak_bytes
+from .images import Batch
+
+STAGE_ROUNDS = 3
+
+
+class Host(Protocol):
+    """What can be measured: ``hosts.Trunk`` and its kin, ``llava.Llava``, ``training.TrainingStep``.
+
+    Attributes:
+        measures: what a step times, the last being the whole step -> the stages it is made of; None for all.
+    """
+
+    measures: Mapping[str, Sequence[str] | None]
+    cases: Sequence[Case]
+    batches: Sequence[Batch]
+
+    def describe(self) -> None:
+        """Fill in the figures that are not timed; raises AssertionError if a case does not do what it claims."""
+
+    def step(self, case: Case, batch: Batch, lap: Laps) -> None:
+        """Run once, and call ``lap`` with the name of each measure that ends."""
+
+    def parts(self, case: Case) -> Parts:
+        """Methods to be timed as stages."""
+
+
+def measure(host: Host, rounds: int, stages: bool) -> None:
+    """Fill in the figures of all cases: every case runs on every batch in every round; the first round warms up.
+
+    Stages and memory are measured in rounds of their own, because watching them slows a run down.
+    """
+    host.describe()
+    for number in _progress(range(rounds + 1), "timing"):
+        for case in host.cases:
+            if number <= 1:
+                case.seconds = {name: [] for name in host.measures}
+            for seconds in case.seconds.values():
+                seconds.append([])
+        for batch in host.batches:
+            for case in host.cases:
+                for name, seconds in _timed(host, case, batch).items():
+                    case.seconds[name][-1].append(seconds)
+    for case in host.cases:
+        case.peak_bytes = peak_bytes(lambda: _timed(host, case, host.batches[0]), host.device)  # noqa: B023
+    for _ in _progress(range(STAGE_ROUNDS if stages else 0), "stages"):
+        for batch in host.batches:
+            for case in host.cases:
+                with Stopwatch(host.parts(case), host.device) as watch:
+                    *_, total = _timed(host, case, batch).values()
+                case.stages.append({**watch.seconds, "rest": total - sum(watch.seconds.values())})
+
+
+def ratios(case: Case, reference: Case, name: str) -> list[float]:
+    """Reference time / case time, pair by pair."""
+    pairs = zip(reference.seconds[name], case.seconds[name])
+    return [slow / fast for slows, fasts in pairs for slow, fast in zip(slows, fasts)]
+
+
+def _timed(host: Host, case: Case, batch: Batch) -> dict[str, float]:
+    lap = Laps(host.device)
+    host.step(case, batch, lap)
+    return lap.seconds
+
+
+def _progress(rounds: range, description: str):
+    return track(rounds, description=description, disable=not sys.stderr.isatty())
