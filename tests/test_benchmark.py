@@ -1,20 +1,31 @@
-"""The benchmark measures models that compute what they claim."""
+"""The benchmark measures models that compute what they claim, and its figures mean what they say."""
 
 import json
+import math
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from apt_backbones import APTEva02
+from apt_backbones import APTEva02, PatchLayout, score_patches
+from apt_backbones.freeze import is_new
 from tests.golden import relative_error
 
-TOOLS = Path(__file__).parents[1] / "tools"
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
-from ordinary_eva02 import OrdinaryEva02  # noqa: E402
+from bench import clock, report, scorers  # noqa: E402
+from bench.cases import Case, block_gflops, make_cases  # noqa: E402
+from bench.images import load_images, make_batch  # noqa: E402
+from bench.ordinary_eva02 import OrdinaryEva02  # noqa: E402
 
 CONFIG = """
 model = dict(backbone=dict(type="APTEva02", img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4,
@@ -25,7 +36,6 @@ model = dict(backbone=dict(type="APTEva02", img_size=128, embed_dim=48, depth=2,
 @pytest.mark.parametrize("size", [(128, 128), (64, 128)])
 @pytest.mark.parametrize("options", [dict(window_size=4, global_blocks=(1,)), dict(use_cls_token=True)])
 def test_the_dense_baseline_equals_the_packed_model(size, options):
-    torch.manual_seed(0)
     model = APTEva02(img_size=128, embed_dim=48, depth=3, num_heads=3, out_indices=(0, 2), **options).eval()
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
@@ -54,43 +64,262 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(monkeypatch, folder, *arguments):
-    command = ["benchmark.py", folder / "config.py", "--images", folder / "half.png", "--device", "cpu", *arguments]
+def run(monkeypatch, folder, *arguments, model=None):
+    """Run the tool on one image and return its report."""
+    command = ["benchmark.py", model or folder / "config.py", "--images", folder / "half.png", "--device", "cpu"]
+    command += ["--rounds", 1, "--json", folder / "b.json", *arguments]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    return json.loads((folder / "b.json").read_text())
+
+
+def rows_of(result):
+    return {row["mode"]: row for row in result["rows"]}
 
 
 def test_a_run_reports_every_mode_with_what_it_kept(folder, monkeypatch, capsys):
-    run(monkeypatch, folder, "--keep", 0.7, "--rounds", 1, "--stages", "--json", folder / "b.json")
-    report = json.loads((folder / "b.json").read_text())
-    rows = {row["mode"]: row for row in report["results"][0]["rows"]}
-    assert list(rows) == ["dense", "dense-rect", "packed", "random 0.7", "resizing 0.7", "apt 0.7"]
+    written = run(monkeypatch, folder, "--keep", 0.7, "--stages")
+    rows = rows_of(written["results"][0])
+    assert list(rows) == ["dense", "dense-rect", "packed", "random 0.7", "resizing 0.7", "apt 0.7", "apt-rect 0.7"]
     assert rows["dense"]["content_kept"] == rows["dense"]["padding_kept"] == 1
-    assert rows["dense-rect"]["padding_kept"] == 0
+    assert rows["dense"]["tokens_per_image"] == 64 and rows["dense-rect"]["tokens_per_image"] == 40
     assert rows["apt 0.7"]["content_kept"] == rows["resizing 0.7"]["content_kept"] <= 0.75
     assert rows["apt 0.7"]["gflops_per_image"] < rows["dense-rect"]["gflops_per_image"]
     for row in rows.values():
         assert len(row["seconds"]) == 1 and row["speed_vs_dense"]["min"] <= row["speed_vs_dense"]["max"]
-    assert {"hardware", "torch", "command", "date"} <= report.keys()
+        assert row["peak_gb"] > 0 and {"embed", "trunk", "map"} <= row["stages_ms"].keys()
+    assert {"score", "layout", "rotary"} <= rows["apt 0.7"]["stages_ms"].keys()
+    assert {"hardware", "torch", "command", "date"} <= written.keys()
     assert "apt 0.7" in capsys.readouterr().out
 
 
-def test_training_steps_leave_out_modes_without_new_layers(folder, monkeypatch, capsys):
-    run(monkeypatch, folder, "--train-step", "--rounds", 1, "--plot", folder / "speed.png")
-    printed = capsys.readouterr().out
-    assert "apt 0.7" in printed and "random" not in printed and "training step" in printed
-    assert Image.open(folder / "speed_config.png").width > 300
+def test_a_full_fine_tune_of_the_dense_model_is_compared_with_the_short_one(folder, monkeypatch, capsys):
+    written = run(monkeypatch, folder, "--train-step", "--plot", folder / "speed.png")
+    rows = rows_of(written["results"][0])
+    assert list(rows) == ["dense", "dense-rect", "packed", "apt 0.7", "apt-rect 0.7"]
+    model = APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 4.0, 64: 4.0})
+    new = sum(parameter.numel() for name, parameter in model.named_parameters() if is_new(name))
+    host = sum(parameter.numel() for name, parameter in model.named_parameters() if not is_new(name))
+    assert rows["apt 0.7"]["trained_parameters"] == new and rows["dense"]["trained_parameters"] == host
+    assert rows["apt 0.7"]["activations_gb"] < rows["dense-rect"]["activations_gb"] < rows["dense"]["activations_gb"]
+    assert "training step" in capsys.readouterr().out
+    assert Image.open(folder / "speed.png").width > 300
 
 
-@pytest.mark.parametrize("config", ["det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_l_apt_512.py"])
-def test_the_project_s_own_configs_can_be_benchmarked(config):
-    _, arguments = runpy.run_path(str(TOOLS / "benchmark.py"))["load_backbone_config"](str(TOOLS.parent / config))
-    assert APTEva02(**{**arguments, "depth": 1, "out_indices": (0,), "global_blocks": ()}).thresholds
+def test_cost_growth_is_plotted_over_sizes_and_over_tokens(folder, monkeypatch):
+    sizes = ["--img-sizes", 64, 128, "--keep", 1, 0.6, "--modes", "dense,apt", "--blocks", 1]
+    written = run(monkeypatch, folder, *sizes, "--plot", folder / "growth.png")
+    assert [result["img_size"] for result in written["results"]] == [64, 128]
+    assert "blocks 1-1 of 2" in written["results"][0]["title"]
+    for name in ("growth_sides.png", "growth_tokens.png"):
+        assert Image.open(folder / name).width > 300
+
+
+def test_whole_detectors_have_the_same_boxes_to_compute_in_every_mode(folder, monkeypatch):
+    config = ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"
+    written = run(monkeypatch, folder, "--whole", "--stages", "--modes", "dense,dense-rect,packed,apt", model=config)
+    rows = rows_of(written["results"][0])
+    for row in rows.values():
+        assert {"neck", "proposal head", "box and mask heads", "rest"} <= row["stages_ms"].keys()
+    heads = [rows[mode]["gflops_per_image"] - trunk_gflops(config, rows[mode]) for mode in ("dense", "packed")]
+    assert heads[0] == pytest.approx(heads[1], rel=1e-3)
+    assert {"if_proportional", "if_trunk_free", "with_this_trunk"} <= rows["apt 0.7"]["speed_vs_dense"].keys()
+
+
+def trunk_gflops(config, row):
+    """A dense trunk's, from the configuration, for 192 pixels."""
+    from mmengine.config import Config
+
+    options = {k: v for k, v in Config.fromfile(config).model.backbone.items() if k not in ("type", "thresholds")}
+    model = APTEva02(**options)
+    grid = (192 // model.patch_size,) * 2
+    return block_gflops(PatchLayout.dense(1, grid, model.patch_size, model.window_size), model)
+
+
+def test_whole_segmenters_run_with_both_heads(folder, monkeypatch):
+    config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
+    options = ["--whole", "--stages", "--heads", "plain,cheap", "--modes", "dense,packed,apt", "--batch-size", 2]
+    rows = rows_of(run(monkeypatch, folder, *options, model=config)["results"][0])
+    assert list(rows) == [
+        f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("plain", "cheap")
+    ]
+    assert rows["dense (cheap head)"]["gflops_per_image"] < rows["dense (plain head)"]["gflops_per_image"]
+    cheap = rows["apt 0.7 (cheap head)"]
+    assert {"speed_vs_dense (plain head)", "speed_vs_dense (cheap head)"} <= cheap.keys()
+    assert {"neck", "head"} <= cheap["stages_ms"].keys()
+
+
+def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, monkeypatch):
+    from tests.llava_tiny import CELLS, stock_config
+
+    stock_config().save_pretrained(folder / "llava")
+    options = ["--stages", "--keep", 0.7, "--batch-size", 2]
+    results = run(monkeypatch, folder, *options, model=folder / "llava")["results"]
+    names = ["vision tower", "first token", "decoding 7 more tokens", "answer of 8 tokens"]
+    assert [result["title"].split(", ")[-1] for result in results] == names
+    for result in results:
+        rows = rows_of(result)
+        assert list(rows) == ["dense", "packed", "random 0.7", "resizing 0.7", "apt 0.7"]
+        assert rows["packed"]["tokens_per_image"] == CELLS
+        assert rows["apt 0.7"]["tokens_per_image"] <= 0.7 * CELLS
+    assert {"score", "layout", "embed", "trunk", "projector", "LLM prefill", "LLM decode"} <= rows["apt 0.7"][
+        "stages_ms"
+    ].keys()
+    tower, first, decode, answer = (result["rows"][0]["seconds"][0][0] for result in results)
+    assert tower < first < answer and decode == pytest.approx(answer - first, abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["--modes", "dense,fast"], "unknown modes fast"), (["--keep", 0.0], "above 0")]
+    "owner, method", [(OrdinaryEva02, "_to_map"), (PatchLayout, "to_map")], ids=["dense", "adaptive"]
 )
-def test_mistakes_end_in_one_line(folder, monkeypatch, arguments, message):
-    with pytest.raises(SystemExit, match=message):
+def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, method):
+    right = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *args: right(*args) * 1.01)
+    with pytest.raises(AssertionError, match="packed and dense differ"):
+        run(monkeypatch, folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--modes", "dense,fast"], "unknown modes fast"),
+        (["--keep", 0.0], "above 0"),
+        (["--heads", "cheap,free"], "unknown heads free"),
+        (["--images", "nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
         run(monkeypatch, folder, *arguments)
+    assert message in str(stop.value) + capsys.readouterr().err
+
+
+def test_images_are_cut_and_scaled_to_the_side(folder):
+    (whole,) = load_images([str(folder / "half.png")], 128, 4)
+    (cut,) = load_images([str(folder / "half.png")], 128, 4, aspect=4 / 3)
+    assert whole.size == (128, 77) and cut.size == (128, 96)
+    no_change = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    batch = make_batch(cut, no_change, 16, 128, batch_size=2)
+    assert batch.square.shape == (2, 3, 128, 128) and batch.rectangle.shape == (2, 3, 96, 128)
+    assert batch.content_cells == 2 * 6 * 8 and not batch.square[:, :, 96:].any()
+
+
+# What the figures mean
+
+
+def test_stages_do_not_count_each_other_and_methods_are_put_back(monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr(clock, "now", lambda device: next(seconds))
+
+    class Model(nn.Module):
+        def forward(self):
+            return self.inner() + self.inner()
+
+        def inner(self):
+            return 1
+
+    model = Model()
+    with clock.Stopwatch({"outer": [(model, "forward")], "inner": [(model, "inner")]}, torch.device("cpu")) as watch:
+        assert model() == 2
+    assert watch.seconds == {"outer": 3, "inner": 2}  # ticks: 0, (1, 2), (3, 4), 5
+    assert not {"forward", "inner"} & vars(model).keys()
+
+
+def test_memory_is_the_most_that_is_held_at_a_time():
+    def function():
+        for _ in range(3):
+            first = torch.zeros(1_000_000)
+            second = first + 1
+            del first, second
+
+    assert clock.peak_bytes(function, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+def test_saved_activations_count_once_and_without_the_weights():
+    linear = nn.Linear(10, 10)
+    x = torch.randn(100, 10)
+    assert clock.saved_bytes(lambda: (linear(x) + linear(x)).sum(), linear) == x.nbytes
+    linear.requires_grad_(False)
+    assert clock.saved_bytes(lambda: linear(x).sum(), linear) == 0
+
+
+@pytest.mark.parametrize("options", [dict(window_size=4, global_blocks=(1,)), dict(use_cls_token=True)])
+def test_arithmetic_of_the_blocks_is_what_pytorch_counts(options):
+    arguments = dict(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 4.0}, **options)
+    dense, packed = (case.model for case in make_cases(arguments, ("dense", "packed"), {}, "drop"))
+    images = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            dense(images)
+        with FlopCounterMode(display=False) as embedding:
+            packed.patch_embed.proj(images)
+        counted = (counter.get_total_flops() - embedding.get_total_flops()) / 1e9
+        assert block_gflops(packed.layout(images), packed) == pytest.approx(counted, rel=1e-6)
+
+
+def test_bounds_are_amdahls_law():
+    """A trunk of 6 and a head of 4 seconds; half of the tokens, at 4 seconds, scoring included."""
+    dense = Case("dense", None, True, work={"trunk": 100}, gflops={"whole": 10.0}, stages=[{"trunk": 6, "head": 4}])
+    stages = [{"score": 1, "trunk": 3, "head": 5}]
+    apt = Case("apt", None, work={"trunk": 50}, gflops={"whole": 8.0}, stages=stages)
+    assert report.bounds(apt, dense, "whole", None) == {
+        "by_arithmetic": 1.25,
+        "if_proportional": round(10 / (3 + 4), 3),
+        "if_trunk_free": 2.5,
+        "with_this_trunk": round(10 / (4 + 4), 3),
+    }
+
+
+def test_the_one_hot_scorer_computes_the_same_entropies():
+    images = torch.rand(1, 3, 128, 192) * 255
+    ours, theirs = score_patches(images, (32, 64)), scorers.one_hot_entropy(images, (32, 64))
+    for size in (32, 64):
+        torch.testing.assert_close(ours[size], theirs[size], rtol=0, atol=1e-4)
+    flat = scorers.one_hot_entropy(torch.full((1, 3, 64, 64), 7.0), (64,))[64]
+    assert math.isclose(float(flat), 0, abs_tol=1e-6)
+
+
+# Machines without the OpenMMLab toolboxes
+
+BARE = """
+import importlib.machinery, runpy, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        is_missing = name.split(".")[0] in ("mmcv", "mmdet", "mmseg", "lmms_eval")
+        return None if is_missing else super().find_spec(name, path, target)
+
+sys.meta_path = [Finder if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "tools")
+"""
+
+
+def run_bare(*arguments, code):
+    """Run code in a process of this checkout that finds neither mmcv nor mmdet, mmseg and lmms-eval."""
+    command = [sys.executable, "-c", BARE + code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_without_mmcv_trunks_and_llava_can_be_benchmarked(folder):
+    from tests.llava_tiny import stock_config
+
+    stock_config().save_pretrained(folder / "llava")
+    configs = ["det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"]
+    options = ["--images", folder / "half.png", "--device", "cpu", "--rounds", 1]
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    whole = f"sys.argv.append('--whole'); {run}"
+    finished = run_bare("tools/benchmark.py", *configs, folder / "llava", *options, code=f"{run}; {whole}")
+    assert all(words in finished.stdout for words in ("192 px", "80 px", "first token")), finished.stdout + finished.stderr
+    assert finished.stderr.endswith("(No module named 'mmcv')\n") and "error: a whole model needs" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_without_mmcv_the_gpu_tests_are_found(folder):
+    finished = run_bare(
+        "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", code="import pytest; sys.exit(pytest.main(sys.argv))"
+    )
+    assert finished.returncode == 0, finished.stdout
+    assert "test_gpu_kernels_equal_float32" in finished.stdout and "mmdet" in finished.stdout

@@ -1,6 +1,7 @@
 """From the command line to what is measured."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -36,7 +37,7 @@ def make_host(config: str | None, side: int | None, args: argparse.Namespace) ->
     if config is None:
         side = side or SCORED_SIDE
         batches = [make_batch(image, RAW, 16, side, args.batch_size) for image in _images(args, side, 1.0)]
-        return Scorers(batches, args.device), {"title": f"patches of {side} x {side} pixels", "img_size": side}
+        return Scorers(batches, args.device), {"config": "scorers", "title": f"patches of {side} x {side} pixels", "img_size": side}
     if not config.endswith(".py"):
         return _llava(config, args)
     return _mm(config, side, args)
@@ -60,7 +61,8 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
     images = _images(args, side, 1.0 if is_segmenter else None)  # a segmenter's crops are square
     own = {int(size): value for size, value in arguments["thresholds"].items()}
     thresholds = _thresholds(args, images, own, arguments.get("patch_size", 16), arguments.get("scorer", "entropy"))
-    cases = make_cases(arguments, args.modes or MODES, thresholds, args.padding)
+    modes = args.modes or [mode for mode in MODES if not (is_segmenter and mode.endswith("-rect"))]
+    cases = make_cases(arguments, modes, thresholds, args.padding)
     first = core(cases[0].model)
     normalisation = first.normalisation_bits.view(torch.float32)
     batches = [make_batch(image, normalisation, first.patch_size, side, args.batch_size) for image in images]
@@ -71,7 +73,8 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
         host = TrainingStep(*options) if args.train_step else Trunk(*options)
     blocks = f" (blocks 1-{args.blocks} of {depth})" if args.blocks else ""
     facts = {
-        "title": f"{path}{blocks}: {side} px, batch {args.batch_size}, {args.dtype}",
+        "config": path,
+        "title": f"{Path(path).stem}{blocks}: {side} px, batch {args.batch_size}, {args.dtype}",
         "img_size": side,
         "thresholds": thresholds,
         "padding": args.padding,
@@ -95,7 +98,8 @@ def _llava(name: str, args: argparse.Namespace) -> tuple[Host, dict]:
     modes = args.modes or [mode for mode in MODES if not mode.endswith("-rect")]
     host = llava.Llava(config, modes, thresholds, batches, args.device, DTYPES[args.dtype], args.compile)
     facts = {
-        "title": f"{name}: batch {args.batch_size}, {args.dtype}",
+        "config": name,
+        "title": f"{Path(name).name}: batch {args.batch_size}, {args.dtype}",
         "img_size": side,
         "thresholds": thresholds,
         "compiled": args.compile,

@@ -3,6 +3,7 @@ make up its stages, and checks that every case computes what it claims to."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -217,9 +218,12 @@ def build_host(cfg, heads: Sequence[str], *args) -> Trunk:
         ValueError: heads are asked of a model whose head has no choice.
     """
     from mmengine.registry import MODELS, init_default_scope
-    from mmengine.utils import import_modules_from_strings
 
-    import_modules_from_strings(**cfg.custom_imports)
+    try:
+        for module in cfg.custom_imports["imports"]:
+            import_module(module)
+    except ImportError as error:
+        raise ImportError(f"a whole model needs mmcv with its operators, mmdet and mmseg ({error})") from error
     init_default_scope(cfg.default_scope)
     # A trunk of one block, which the cases' replace.
     cfg.model.backbone.update(depth=1, out_indices=(0,), global_blocks=(), init_cfg=None)

@@ -48,7 +48,7 @@ def load_images(source: list[str] | None, side: int, limit: int, aspect: float |
         FileNotFoundError: scikit-image is not installed and no source is given, or there is no such file.
     """
     images = []
-    for path in (find_images(source) if source else _photographs())[:limit]:
+    for path in (find_images(source) if source else photographs())[:limit]:
         image = read_rgb(path)
         if aspect is not None:
             image = _cut(image, aspect if image.width >= image.height else 1 / aspect)
@@ -72,7 +72,7 @@ def make_batch(image: Image.Image, normalisation: Tensor, patch_size: int, side:
     return Batch(square, rectangle, (image.height, image.width), cells)
 
 
-def _photographs() -> list[Path]:
+def photographs() -> list[Path]:
     found = find_spec("skimage")
     if found is None:
         raise FileNotFoundError("the photographs are scikit-image's, which is not installed; name others with --images")

@@ -71,7 +71,7 @@ def bounds(case: Case, reference: Case, measure: str, stages: tuple[str, ...] | 
             for x in (case, reference)
         )
         total = sum(theirs.values())
-        shares = {stage: tokens / reference.work[stage] for stage, tokens in case.work.items()}
+        shares = {stage: case.work[stage] / tokens for stage, tokens in reference.work.items()}
         rest = sum(value for stage, value in theirs.items() if stage not in BACKBONE_STAGES)
         trunk = sum(value for stage, value in ours.items() if stage in BACKBONE_STAGES)
         proportional = sum(value * shares.get(stage, 1) for stage, value in theirs.items())
