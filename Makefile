@@ -33,12 +33,7 @@ demo: setup data/photoshapes
 data/photoshapes:
 	"$(VENV)/bin/python" tools/make_photoshapes.py $@
 
-# Speed of the trunks on this machine; about 15 minutes on two cores.
-BENCH = "$(VENV)/bin/python" tools/benchmark.py --modes dense,dense-rect,packed,apt --keep 1.0 0.7 0.5 --stages
+# Speed on this machine: about 25 minutes on two cores, under 10 on an H200. BENCH_ARGS: see tools/bench_all.py --help.
+BENCH_ARGS ?=
 bench: setup
-	$(BENCH) det_configs/eva02_b_apt_1536.py --img-size 1024 --num-images 2 --rounds 3 \
-		--json docs/benchmarks/det_b_1024.json --plot docs/benchmarks/speed_1024.png
-	$(BENCH) det_configs/eva02_b_apt_1536.py --num-images 1 --rounds 2 \
-		--json docs/benchmarks/det_b_1536.json --plot docs/benchmarks/speed_1536.png
-	$(BENCH) seg_configs/eva02_l_apt_512.py --num-images 2 --rounds 3 \
-		--json docs/benchmarks/seg_l_512.json --plot docs/benchmarks/speed_512.png
+	"$(VENV)/bin/python" tools/bench_all.py $(BENCH_ARGS)

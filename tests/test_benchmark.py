@@ -22,9 +22,12 @@ from tests.golden import relative_error
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
+import bench_all as all_parts  # noqa: E402
+import benchmark  # noqa: E402
 from bench import clock, report, scorers  # noqa: E402
 from bench.cases import Case, block_gflops, make_cases  # noqa: E402
 from bench.images import load_images, make_batch  # noqa: E402
+from bench.llava import SHAPES as LLAVA_SHAPES  # noqa: E402
 from bench.ordinary_eva02 import OrdinaryEva02  # noqa: E402
 
 CONFIG = """
@@ -291,35 +294,68 @@ class Finder(importlib.machinery.PathFinder):
         return None if is_missing else super().find_spec(name, path, target)
 
 sys.meta_path = [Finder if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
-sys.argv = sys.argv[1:]
 sys.path.insert(0, "tools")
 """
 
 
-def run_bare(*arguments, code):
-    """Run code in a process of this checkout that finds neither mmcv nor mmdet, mmseg and lmms-eval."""
-    command = [sys.executable, "-c", BARE + code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def test_without_mmcv_trunks_and_llava_can_be_benchmarked(folder):
+def test_without_mmcv_trunks_llava_and_the_gpu_tests_run(folder):
+    """In a process that finds neither mmcv nor mmdet, mmseg and lmms-eval."""
     from tests.llava_tiny import stock_config
 
     stock_config().save_pretrained(folder / "llava")
+    run = "runpy.run_path('tools/benchmark.py', run_name='__main__')"
+    collect = "pytest.main(['-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider'])"
+    code = f"import pytest\n{BARE}\n{run}\nassert {collect} == 0\nsys.argv.append('--whole')\n{run}"
     configs = ["det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"]
     options = ["--images", folder / "half.png", "--device", "cpu", "--rounds", 1]
-    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
-    whole = f"sys.argv.append('--whole'); {run}"
-    finished = run_bare("tools/benchmark.py", *configs, folder / "llava", *options, code=f"{run}; {whole}")
-    assert all(words in finished.stdout for words in ("192 px", "80 px", "first token")), finished.stdout + finished.stderr
-    assert finished.stderr.endswith("(No module named 'mmcv')\n") and "error: a whole model needs" in finished.stderr
-    assert "Traceback" not in finished.stderr
+    command = [sys.executable, "-c", code, *configs, folder / "llava", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    for words in (
+        "192 px",
+        "80 px",
+        "first token",
+        "test_gpu_kernels_equal_float32",
+        "not installed here (mmcv, mmdet",
+    ):
+        assert words in finished.stdout, finished.stderr
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "error: a whole model needs mmcv with its operators" in finished.stderr
 
 
-def test_without_mmcv_the_gpu_tests_are_found(folder):
-    finished = run_bare(
-        "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", code="import pytest; sys.exit(pytest.main(sys.argv))"
-    )
-    assert finished.returncode == 0, finished.stdout
-    assert "test_gpu_kernels_equal_float32" in finished.stdout and "mmdet" in finished.stdout
+# Everything at once
+
+
+@pytest.fixture
+def bench_all(monkeypatch, folder):
+    def run(*parts):
+        monkeypatch.setattr(all_parts, "CPU_PARTS", parts)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        command = ["bench_all.py", "--out", folder / "out", "--images", folder / "half.png"]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as stop:
+            all_parts.main()
+        return stop.value.code, (folder / "out" / "summary.md").read_text()
+
+    return run
+
+
+def test_a_part_that_fails_is_reported_and_does_not_stop_the_others(bench_all, folder, capsys):
+    tiny = "--modes dense,apt --rounds 1 --device cpu"
+    slow = all_parts.Part("slow", f"{folder / 'config.py'} {tiny}", minutes=0.001)
+    wrong = all_parts.Part("wrong", f"nowhere.py {tiny}", minutes=1)
+    right = all_parts.Part("right", f"{folder / 'config.py'} {tiny}", minutes=5)
+    status, summary = bench_all(slow, wrong, right)
+    assert status == 1 and "| right |" in summary and "apt 0.7" in summary and "| wrong |" not in summary
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "slow failed: stopped after 0.001 minutes" in printed and "wrong failed: error" in printed
+    assert {path.name for path in (folder / "out").glob("right.*")} == {"right.json", "right.png", "right.log"}
+
+
+@pytest.mark.parametrize("part", [*all_parts.CPU_PARTS, *all_parts.GPU_PARTS], ids=lambda part: part.name)
+def test_the_parts_are_valid_commands(part, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *part.arguments.split()])
+    args = benchmark.parse_args()
+    for config in args.configs:
+        assert (ROOT / config).exists() or config in LLAVA_SHAPES

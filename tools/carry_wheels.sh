@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
 # What a GPU machine without a package index needs beside its own torch: tools/carry_wheels.sh DIR
 #
-# Run it where pip works; copy DIR (about 35 MB) to the machine together with the checkout. There, unpack the wheels
-# once, for they hold compiled code, and run:
-#   python3 -m pip install --no-index --no-deps --target site DIR/*.whl && export PYTHONPATH=$PWD:$PWD/site
-#   python3 tools/bench_all.py --images DIR/photos && python3 -m pytest -m gpu
-# For whole detectors and segmenters also, before bench_all.py: TARGET=site tools/build_mmcv_cuda.sh DIR/onedl_mmcv-*.gz
+# Run it where pip works, and copy DIR (40 MB) to the machine together with the checkout; docs/benchmarks/README.md says
+# how to go on there.
 #
 # PYTHON_VERSION is the machine's (3.12); torch, torchvision, numpy, scipy, matplotlib, opencv, pillow, pytest and
 # hypothesis are taken to be there.

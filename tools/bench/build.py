@@ -37,7 +37,11 @@ def make_host(config: str | None, side: int | None, args: argparse.Namespace) ->
     if config is None:
         side = side or SCORED_SIDE
         batches = [make_batch(image, RAW, 16, side, args.batch_size) for image in _images(args, side, 1.0)]
-        return Scorers(batches, args.device), {"config": "scorers", "title": f"patches of {side} x {side} pixels", "img_size": side}
+        return Scorers(batches, args.device), {
+            "config": "scorers",
+            "title": f"patches of {side} x {side} pixels",
+            "img_size": side,
+        }
     if not config.endswith(".py"):
         return _llava(config, args)
     return _mm(config, side, args)
@@ -62,9 +66,9 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
     own = {int(size): value for size, value in arguments["thresholds"].items()}
     thresholds = _thresholds(args, images, own, arguments.get("patch_size", 16), arguments.get("scorer", "entropy"))
     modes = args.modes or [mode for mode in MODES if not (is_segmenter and mode.endswith("-rect"))]
-    cases = make_cases(arguments, modes, thresholds, args.padding)
+    cases = make_cases(arguments, modes, thresholds, args.padding, args.device)
     first = core(cases[0].model)
-    normalisation = first.normalisation_bits.view(torch.float32)
+    normalisation = first.normalisation_bits.cpu().view(torch.float32)
     batches = [make_batch(image, normalisation, first.patch_size, side, args.batch_size) for image in images]
     options = (cases, batches, args.device, DTYPES[args.dtype])
     if args.whole:

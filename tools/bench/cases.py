@@ -15,6 +15,7 @@ from .ordinary_eva02 import OrdinaryEva02
 DENSE_MODES = ("dense", "dense-rect", "packed")
 ADAPTIVE_MODES = ("random", "resizing", "apt", "apt-rect")
 BACKBONE_STAGES = ("score", "layout", "rotary", "embed", "trunk", "map")
+CPU = torch.device("cpu")
 HOST_ONLY = ("type", "init_cfg", "test_dtype", "drop_path_rate")  # what a config says to mmengine, or for training
 
 
@@ -61,7 +62,11 @@ class Case:
 
 
 def make_cases(
-    arguments: dict, modes: Sequence[str], thresholds: dict[str, dict[int, float]], padding: str
+    arguments: dict,
+    modes: Sequence[str],
+    thresholds: dict[str, dict[int, float]],
+    padding: str,
+    device: torch.device = CPU,
 ) -> list[Case]:
     """One case per dense mode, and per adaptive mode and set of thresholds; all share one set of random weights.
 
@@ -71,11 +76,13 @@ def make_cases(
         padding: of the adaptive modes.
     """
     torch.manual_seed(0)
-    dense = APTEva02(**{**arguments, "thresholds": None}).eval()
+    with device:
+        dense = APTEva02(**{**arguments, "thresholds": None}).eval()
 
     def adaptive(merge: str, limits: dict[int, float]) -> APTEva02:
         options = dict(thresholds=limits, merge=merge, padding=padding)
-        model = APTEva02(**{**arguments, "depth": 1, "out_indices": (0,), "global_blocks": (), **options})
+        with device:
+            model = APTEva02(**{**arguments, "depth": 1, "out_indices": (0,), "global_blocks": (), **options})
         for name in ("patch_embed", "blocks", "pos_embed", "cls_token", "out_indices", "global_blocks"):
             setattr(model, name, getattr(dense, name))
         return model.eval()

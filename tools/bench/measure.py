@@ -10,8 +10,6 @@ from .cases import Case
 from .clock import Laps, Parts, Stopwatch, peak_bytes
 from .images import Batch
 
-STAGE_ROUNDS = 3
-
 
 class Host(Protocol):
     """What can be measured: ``hosts.Trunk`` and its kin, ``llava.Llava``, ``training.TrainingStep``.
@@ -37,7 +35,7 @@ class Host(Protocol):
 def measure(host: Host, rounds: int, stages: bool) -> None:
     """Fill in the figures of all cases: every case runs on every batch in every round; the first round warms up.
 
-    Stages and memory are measured in rounds of their own, because watching them slows a run down.
+    Stages (half as many rounds) and memory are measured in runs of their own, because watching slows a run down.
     """
     host.describe()
     for number in _progress(range(rounds + 1), "timing"):
@@ -52,7 +50,7 @@ def measure(host: Host, rounds: int, stages: bool) -> None:
                     case.seconds[name][-1].append(seconds)
     for case in host.cases:
         case.peak_bytes = peak_bytes(lambda: _timed(host, case, host.batches[0]), host.device)  # noqa: B023
-    for _ in _progress(range(STAGE_ROUNDS if stages else 0), "stages"):
+    for _ in _progress(range((rounds + 1) // 2 if stages else 0), "stages"):
         for batch in host.batches:
             for case in host.cases:
                 with Stopwatch(host.parts(case), host.device) as watch:
