@@ -3,7 +3,7 @@
 Parameters are those of timm's ``Eva`` with the same names. What differs from timm: tokens of the whole batch are
 packed, attention is windowed or global by segments, and the patch embedding is adaptive.
 
-Legend: B images, H x W base cells, T tokens of the whole batch, D channels, N heads.
+Legend: B images, H x W base cells, T tokens of the whole batch, D channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,42 +11,18 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, trunc_normal_
-from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import BACKENDS, varlen_attention
+from .attention import BACKENDS
+from .block import PackedEvaBlock
 from .embed import AdaptivePatchEmbed, drop_at_random
-from .layout import PatchLayout, Segments, check_window
-from .rotary import ROPE_POSITIONS, apply_rotary, rotary_table
+from .layout import PatchLayout, check_window
+from .rotary import ROPE_POSITIONS, rotary_table
 from .scores import SCORERS, check_images, check_thresholds, drop_padding, score_patches, select_patches
 
 PADDING_MODES = ("coarsest", "drop")
 PRETRAIN_ROPE_LENGTH = 16  # side of the grid that all EVA-02 models were pretrained on
-
-
-class PackedEvaBlock(EvaBlock):
-    """timm's EVA block; what changes: attention over packed segments, and drop path per image instead of per row."""
-
-    def forward(
-        self, x_TD: Tensor, layout: PatchLayout, segments: Segments, rope: Tensor, backend: str | None
-    ) -> Tensor:
-        x_TD = x_TD + self._drop_path(self._attention(self.norm1(x_TD), segments, rope, backend), layout)
-        return x_TD + self._drop_path(self.mlp(self.norm2(x_TD)), layout)
-
-    def _attention(self, x_TD: Tensor, segments: Segments, rope: Tensor, backend: str | None) -> Tensor:
-        attn = self.attn
-        q, k, v = (proj(x_TD).unflatten(-1, (attn.num_heads, -1)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k = apply_rotary(q, rope), apply_rotary(k, rope)
-        x = varlen_attention(q, k, v, segments.cu_seqlens, segments.max_length, segments.lengths, backend)
-        return attn.proj(x.flatten(1))
-
-    def _drop_path(self, x_TD: Tensor, layout: PatchLayout) -> Tensor:
-        rate = getattr(self.drop_path1, "drop_prob", 0.0)
-        if not rate or not self.training:
-            return x_TD
-        keep_B = x_TD.new_empty(layout.batch_size).bernoulli_(1 - rate).div_(1 - rate)
-        return x_TD * keep_B[layout.image_T][:, None]
 
 
 class APTEva02(nn.Module):
@@ -165,6 +141,18 @@ class APTEva02(nn.Module):
         for index, block in enumerate(self.blocks, start=1):  # as timm's fix_init_weight
             for linear in (block.attn.proj, block.mlp.fc2):
                 linear.weight.data.div_((2 * index) ** 0.5)
+
+    def compile_blocks(self, **options) -> "APTEva02":
+        """Compile the blocks (in place): all of them share two compiled functions, which take any number of tokens.
+
+        Scoring, layout, embedding and the attention kernel itself stay as they are. The first forward compiles.
+
+        Args:
+            options: of ``torch.compile``, e.g. ``mode="max-autotune-no-cudagraphs"``.
+        """
+        for block in self.blocks:
+            block.compile_options = options
+        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps (B, D, ceil(height / p), ceil(width / p)), one per entry of ``out_indices``.

@@ -348,8 +348,8 @@ def test_freezing_leaves_only_the_new_layers_trainable_and_the_host_in_eval_mode
 def test_drop_path_drops_whole_images():
     block = PackedEvaBlock(48, 3, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, drop_path=0.5).train()
     layout = tiny().layout(pictures(64, 32, 32))
-    kept = block._drop_path(torch.ones(layout.num_tokens, 48), layout)
-    per_image = torch.stack([part.unique() for part in layout.split(kept)])
+    keep_T1 = block._drop_path(layout, torch.float32)
+    per_image = torch.stack([part.unique() for part in layout.split(keep_T1)])
     assert set(per_image.flatten().tolist()) == {0.0, 2.0}
 
 

@@ -1,0 +1,64 @@
+"""Several linear layers on the same input as one matrix product, without a second copy of their weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class JoinedLinears:
+    """One weight and one bias over the rows of several frozen ``nn.Linear`` layers.
+
+    The layers stay what they are, under their own names; their parameters become views of the joint memory. So whatever
+    writes into them (loading weights, an average of weights) is seen here at once. Whatever gives them other memory
+    (``.to()``, ``deepcopy``, assignment) shows in their addresses, and they are joined anew at the next use.
+    """
+
+    def __init__(self):
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def __reduce__(self):
+        return JoinedLinears, ()  # copies and pickles hold the layers' parameters, and join those at their first use
+
+    def of(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
+        """Joint weight (sum of outputs, inputs) and bias (sum of outputs,), zero where a layer has none.
+
+        Returns:
+            None if the layers must run one by one: because one of them trains (its optimizer or a sharding wrapper
+            may keep hold of its memory), or is no plain ``nn.Linear`` (an adapter or a quantised layer).
+        """
+        if any(type(layer) is not nn.Linear or layer.weight.requires_grad for layer in layers):
+            return None
+        if not self._is_current(layers):
+            self._join(layers)
+        return self._weight, self._bias
+
+    def _is_current(self, layers: Sequence[nn.Linear]) -> bool:
+        if self._weight is None or self._weight.dtype != layers[0].weight.dtype:
+            return False
+        address, bias_address = self._weight.data_ptr(), self._bias.data_ptr()
+        for layer in layers:
+            if layer.weight.data_ptr() != address:
+                return False
+            if layer.bias is not None and layer.bias.data_ptr() != bias_address:
+                return False
+            address += layer.weight.nbytes
+            bias_address += layer.out_features * self._bias.element_size()
+        return True
+
+    # Weights that are made in inference mode could not take part in training later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _join(self, layers: Sequence[nn.Linear]) -> None:
+        sizes = [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._bias = self._weight.new_zeros(sum(sizes))
+        for layer, weight, bias in zip(layers, self._weight.split(sizes), self._bias.split(sizes)):
+            layer.weight.data = weight
+            if layer.bias is not None:
+                bias.copy_(layer.bias)
+                layer.bias.data = bias
+        # They have the model's shapes, not the batch's: a compiled block may rely on them.
+        for joint in (self._weight, self._bias):
+            torch._dynamo.mark_static(joint)

@@ -1,0 +1,232 @@
+"""The block's fast ways of running equal its plain one: joint projections, recomputed gates, compiled functions."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from apt_backbones import freeze_host
+from apt_backbones.joined import JoinedLinears
+from tests.test_eva02 import WINDOWS, pictures, tiny
+
+THRESHOLDS = {32: 6.0, 64: 5.0}
+IMAGES = [(1, 128, 128), (2, 128, 96), (1, 64, 128), (3, 48, 80), (2, 112, 128), (1, 160, 96), (1, 16, 48)]
+
+
+def layers(*outputs, bias=(True, False, True), inputs=12):
+    return [torch.nn.Linear(inputs, n, bias=b).requires_grad_(False) for n, b in zip(outputs, bias)]
+
+
+def assert_joined(joined, parts, x):
+    expected = torch.cat([part(x) for part in parts], dim=-1)
+    torch.testing.assert_close(torch.nn.functional.linear(x, *joined.of(parts)), expected, atol=1e-5, rtol=0)
+
+
+def test_joint_weights_are_the_layers_own_memory():
+    joined, parts, x = JoinedLinears(), layers(12, 12, 8), torch.randn(5, 12)
+    assert_joined(joined, parts, x)
+    weight, bias = joined.of(parts)
+    assert joined.of(parts)[0] is weight, "joined once"
+    own = {part.weight.untyped_storage().data_ptr() for part in parts}
+    assert own == {weight.untyped_storage().data_ptr()}
+    assert torch.equal(bias[12:24], torch.zeros(12)), "the second layer has no bias"
+
+
+def assign(parts):
+    parts[1].weight = torch.nn.Parameter(torch.randn(12, 12), requires_grad=False)
+
+
+def step(parts):
+    for part in parts:
+        part.weight.requires_grad_()
+    optimizer = torch.optim.AdamW([part.weight for part in parts], lr=0.5)
+    sum(part(torch.ones(12)).sum() for part in parts).backward()
+    optimizer.step()
+    for part in parts:
+        part.weight.requires_grad_(False)
+
+
+CHANGES = {
+    "in place": lambda parts: parts[2].weight.mul_(3),
+    "through data": lambda parts: parts[2].bias.data.copy_(torch.randn(8)),
+    "new data": lambda parts: setattr(parts[0].bias, "data", torch.randn(12)),
+    "assignment": assign,
+    "optimizer": step,
+    "load_state_dict": lambda parts: parts[0].load_state_dict(layers(12)[0].state_dict()),
+    "load_state_dict(assign=True)": lambda parts: parts[0].load_state_dict(layers(12)[0].state_dict(), assign=True),
+    "double": lambda parts: [part.double() for part in parts],
+    "double and back": lambda parts: [part.double().float().bfloat16().float() for part in parts],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_joint_weights_are_never_stale(change):
+    joined, parts = JoinedLinears(), layers(12, 12, 8)
+    joined.of(parts)
+    before = [part(torch.ones(12, dtype=part.weight.dtype)) for part in parts]
+    change(parts)
+    x = torch.ones(12, dtype=parts[0].weight.dtype)
+    assert any(not torch.equal(part(x), old) for part, old in zip(parts, before))
+    assert_joined(joined, parts, x)
+
+
+def test_layers_that_train_or_are_no_plain_linear_layers_are_left_alone():
+    parts = layers(12, 12, 8)
+    addresses = [part.weight.data_ptr() for part in parts]
+    parts[1].weight.requires_grad_()
+    assert JoinedLinears().of(parts) is None
+    parts[1].weight.requires_grad_(False)
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    assert JoinedLinears().of([*parts[:2], Adapted(12, 8).requires_grad_(False)]) is None
+    assert [part.weight.data_ptr() for part in parts] == addresses
+
+
+@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True)])
+def test_a_frozen_trunk_equals_itself_unfrozen_under_the_same_names(options):
+    model = tiny(thresholds=THRESHOLDS, **options)
+    names, images = list(model.state_dict()), pictures(2, 128, 96)
+    with torch.no_grad():
+        expected = model(images)[0]
+        torch.testing.assert_close(freeze_host(model)(images)[0], expected, atol=1e-5, rtol=0)
+    assert list(model.state_dict()) == names
+
+
+def reload_pickle(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_frozen_trunk_that_ran_in_inference_mode_can_still_train():
+    model, images = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS)), pictures(1, 128, 80)
+    with torch.inference_mode():
+        model(images)
+    model(images)[0].square().mean().backward()
+    assert model.adaptive_embed.zero_mlp.weight.grad.any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, reload_pickle], ids=["deepcopy", "pickle"])
+def test_copies_of_a_frozen_trunk_have_weights_of_their_own(copied):
+    model, images = tiny(thresholds=THRESHOLDS, **WINDOWS).requires_grad_(False), pictures(1, 128, 128)
+    expected = model(images)[0]
+    twin = copied(model)
+    assert torch.equal(twin(images)[0], expected)
+    for parameter in twin.parameters():
+        parameter.mul_(1.1)
+    assert torch.equal(model(images)[0], expected) and not torch.equal(twin(images)[0], expected)
+
+
+def test_a_frozen_trunk_is_saved_once_and_loads_elsewhere():
+    model, images = tiny(thresholds=THRESHOLDS, **WINDOWS).requires_grad_(False), pictures(1, 128, 128)
+    file, plain = io.BytesIO(), io.BytesIO()
+    torch.save(model.state_dict(), plain)
+    expected = model(images)[0]
+    torch.save(model.state_dict(), file)
+    assert file.tell() < 1.05 * plain.tell()
+    file.seek(0)
+    other = tiny(seed=1, thresholds=THRESHOLDS, **WINDOWS).requires_grad_(False)
+    other(images)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(images)[0], expected)
+
+
+def saved_bytes(function, *not_counted):
+    """Memory that a forward keeps for the backward pass, by distinct storage."""
+    ignored = {x.untyped_storage().data_ptr() for x in not_counted}
+    kept = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in ignored:
+            kept[x.untyped_storage().data_ptr()] = x  # kept alive, so that no two share an address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    assert result.requires_grad
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True)])
+def test_a_frozen_block_stores_no_inputs_of_its_weights(options):
+    """Of every token: the inputs of both norms, q, k, v, what attention made of them, and SwiGLU's two products."""
+    model, images = freeze_host(tiny(thresholds=THRESHOLDS, **options)), pictures(2, 128, 128)
+    layout = model.layout(images)
+    x = torch.randn(layout.num_tokens, 48, requires_grad=True)
+    block, rope = model.blocks[0], model._rope(layout)[0]
+    forward = lambda: block(x, layout, layout.images, rope, None)  # noqa: E731
+    forward()  # joins the weights
+    hidden = block.mlp.fc2.in_features
+    statistics = 2 * 2 * 4 + 3 * 4  # bytes: mean and deviation of two norms, log-sum-exp of three heads
+    expected = layout.num_tokens * (4 * (6 * 48 + 2 * hidden) + statistics)
+    measured = saved_bytes(forward, rope, *block.parameters())
+    assert expected * 0.95 <= measured <= expected * 1.05
+
+
+def test_the_short_fine_tune_stores_less_than_full_fine_tuning():
+    images = pictures(2, 128, 128)
+    stored = {}
+    for freeze in (True, False):
+        model = tiny(thresholds=THRESHOLDS, **WINDOWS)
+        model = freeze_host(model) if freeze else model
+        model(images)
+        stored[freeze] = saved_bytes(lambda: model(images)[0], images, *model.parameters())  # noqa: B023
+    assert stored[True] < 0.8 * stored[False]
+
+
+def compiled(model):
+    """Counts graphs and traces what a compiler would, without waiting for one."""
+    torch._dynamo.reset()
+    counters.clear()
+    return copy.deepcopy(model).compile_blocks(backend="aot_eager")
+
+
+@pytest.mark.parametrize("padding", ["coarsest", "drop"])
+@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True)])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_compiled_blocks_compile_once_for_all_images(padding, options, freeze):
+    model = tiny(thresholds=THRESHOLDS, padding=padding, **options)
+    model = freeze_host(model) if freeze else model
+    fast = compiled(model)
+    counts = set()
+    with torch.no_grad():
+        for shape in IMAGES:
+            images = torch.nn.functional.pad(pictures(*shape), (0, 32))
+            torch.testing.assert_close(fast(images)[0], model(images)[0], atol=1e-5, rtol=0)
+            counts.add(model.last_layout.num_tokens)
+    assert len(counts) >= 6
+    # One graph before and one behind the attention kernel, for all blocks.
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_compiled_blocks_train_alike(freeze):
+    model = tiny(thresholds=THRESHOLDS, **WINDOWS)
+    model = freeze_host(model) if freeze else model
+    fast = compiled(model)
+    for shape in IMAGES[:3]:
+        gradients = []
+        for each in (model, fast):
+            each.zero_grad()
+            each(pictures(*shape))[0].square().mean().backward()
+            gradients.append({name: p.grad for name, p in each.named_parameters() if p.requires_grad})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_equal_eager_ones():
+    model = tiny(thresholds=THRESHOLDS, **WINDOWS).requires_grad_(False)
+    torch._dynamo.reset()
+    counters.clear()
+    fast = copy.deepcopy(model).compile_blocks()
+    for shape in IMAGES:
+        images = pictures(*shape)
+        torch.testing.assert_close(fast(images)[0], model(images)[0], atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 2
