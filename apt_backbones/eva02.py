@@ -18,6 +18,7 @@ from .attention import BACKENDS
 from .block import PackedEvaBlock
 from .embed import AdaptivePatchEmbed, drop_at_random
 from .layout import PatchLayout, check_window
+from .resample import resample_positions
 from .rotary import ROPE_POSITIONS, rotary_table
 from .scores import SCORERS, check_images, check_thresholds, drop_padding, score_patches, select_patches
 
@@ -233,13 +234,11 @@ class APTEva02(nn.Module):
         return x_TD
 
     def _positions(self, side: int) -> Tensor:
-        """Absolute positions of a square of base cells (1, D, side, side), float32: CPUs resample nothing less."""
-        positions = (
-            self.pos_embed[:, self.num_prefix :].float().unflatten(1, (self.pretrain_grid, -1)).permute(0, 3, 1, 2)
-        )
-        if side == self.pretrain_grid:
-            return positions
-        return F.interpolate(positions, size=(side, side), mode="bicubic", align_corners=False)
+        """Absolute positions of a square of base cells (1, D, side, side), float32."""
+        positions_HWD = self.pos_embed[0, self.num_prefix :].float().unflatten(0, (self.pretrain_grid, -1))
+        if side != self.pretrain_grid:
+            positions_HWD = resample_positions(positions_HWD, (side, side), antialias=False)
+        return positions_HWD.permute(2, 0, 1)[None]
 
     def _rope(self, layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
         """Rotations for global and for windowed blocks."""
