@@ -53,9 +53,12 @@ def varlen_attention(
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        # The kernel reads 16-byte vectors: strided or misaligned inputs give wrong results instead of an error.
-        q_TNH, k_TNH, v_TNH = map(_aligned, (q_TNH, k_TNH, v_TNH))
-        return varlen_attn(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        head_dim = q_TNH.shape[-1]
+        if head_dim % 8:  # the kernel divides by the root of the padded size
+            q_TNH = q_TNH * (_padded(head_dim) / head_dim) ** 0.5
+        q_TNH, k_TNH, v_TNH = map(_for_kernel, (q_TNH, k_TNH, v_TNH))
+        out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return out_TNH[..., :head_dim]
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -72,8 +75,8 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
         return f"it computes in float16 or bfloat16, and the tensors are {dtype}; run the model under autocast"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
-    if head_dim % 8 or head_dim > 256:
-        return f"it needs a head size that 8 divides, at most 256, and this one is {head_dim}"
+    if head_dim > 256:
+        return f"it needs a head size of at most 256, and this one is {head_dim}"
     try:
         if backend == "flash":
             from flash_attn import flash_attn_varlen_func  # noqa: F401
@@ -85,8 +88,20 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return None
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // 8) * 8
+
+
+def _for_kernel(x_TNH: Tensor) -> Tensor:
+    """Contiguous, on a 16-byte address, head size padded with zeros to a multiple of 8; a copy only if it must be.
+
+    The kernel reads 16-byte vectors: strided or misaligned inputs give wrong results instead of an error.
+    """
+    if padding := _padded(x_TNH.shape[-1]) - x_TNH.shape[-1]:
+        return F.pad(x_TNH, (0, padding))
+    if x_TNH.is_contiguous() and x_TNH.data_ptr() % 16 == 0:
+        return x_TNH
+    return x_TNH.clone(memory_format=torch.contiguous_format)
 
 
 def _sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, lengths: tuple[int, ...]) -> Tensor:

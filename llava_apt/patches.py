@@ -1,6 +1,7 @@
 """Which patches an image gets; the one place where processor and vision tower agree on it."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,11 +31,25 @@ def check_modes(scorer: str, merge: str) -> None:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
-@torch.no_grad()
 def patch_sides(
     pixels: Tensor, thresholds: Mapping[int, float], patch_size: int, scorer: str = "entropy", merge: str = "apt"
 ) -> Tensor:
-    """Side of the patch that covers each base cell.
+    """Side of the patch that covers each base cell, as ``unchecked_patch_sides`` gives it.
+
+    Raises:
+        ValueError: NaN or infinite pixels.
+    """
+    sides_BHW = unchecked_patch_sides(pixels, thresholds, patch_size, scorer, merge)
+    if (bad := (sides_BHW < 0).flatten(1).any(1)).any():
+        raise ValueError(f"images {bad.nonzero().flatten().tolist()} of the batch have NaN or infinite pixels")
+    return sides_BHW
+
+
+@torch.no_grad()
+def unchecked_patch_sides(
+    pixels: Tensor, thresholds: Mapping[int, float], patch_size: int, scorer: str = "entropy", merge: str = "apt"
+) -> Tensor:
+    """Side of the patch that covers each base cell; never waits for the device.
 
     Args:
         pixels: float (B, 3, H, W), RGB in 0..255 before normalisation.
@@ -43,10 +58,8 @@ def patch_sides(
         scorer, merge: as in ``AptClipVisionConfig``. With "random" as many cells are kept as there would be patches.
 
     Returns:
-        int64 (B, H / patch_size, W / patch_size), pixels; 0 where "random" drops a cell.
-
-    Raises:
-        ValueError: NaN or infinite pixels.
+        int64 (B, H / patch_size, W / patch_size), pixels; 0 where "random" drops a cell, -1 everywhere in an image
+        with NaN or infinite pixels, which ``PatchLayout.build`` refuses.
     """
     batch, _, *image_size = pixels.shape
     if not thresholds:
@@ -55,15 +68,21 @@ def patch_sides(
         # Resizing ends in uint8: rounding gives those very pixels back, whatever the normalisation's float error.
         scores = score_patches(pixels.float().round(), tuple(thresholds), scorer)
     sides_BHW = select_patches(scores, thresholds, patch_size, image_size)
-    if (bad := (sides_BHW < 0).flatten(1).any(1)).any():
-        raise ValueError(f"images {bad.nonzero().flatten().tolist()} of the batch have NaN or infinite pixels")
     return drop_at_random(sides_BHW, patch_size) if merge == "random" else sides_BHW
 
 
 def denormalise(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalised images (B, 3, H, W) back to RGB in 0..1, float32."""
-    mean, std = (torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (mean, std))
+    mean, std = (_per_channel(tuple(values), pixel_values.device) for values in (mean, std))
     return pixel_values.float() * std + mean
+
+
+# Making a tensor of Python numbers waits for a GPU. What is kept must be usable in training, even if the first to ask
+# for it was in inference mode.
+@lru_cache
+@torch.inference_mode(False)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def count_tokens(sides_HW: Tensor, patch_size: int) -> int:

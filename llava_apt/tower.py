@@ -18,7 +18,7 @@ from apt_backbones import AdaptivePatchEmbed, PatchLayout, varlen_attention
 from apt_backbones.layout import Segments
 
 from .configuration import AptClipVisionConfig
-from .patches import denormalise, patch_sides
+from .patches import denormalise, unchecked_patch_sides
 
 PACKED_ATTENTION = "apt_packed"
 
@@ -115,9 +115,10 @@ class AptClipVisionModel(CLIPVisionModel):
         grid = (config.image_size // config.patch_size,) * 2
         if not config.thresholds and sides_BHW is None:
             return PatchLayout.dense(len(pixel_values), grid, config.patch_size, num_prefix=1, device=self.device)
-        if sides_BHW is None:
+        is_given = sides_BHW is not None
+        if not is_given:
             pixels = 255 * denormalise(pixel_values, config.image_mean, config.image_std)
-            sides_BHW = patch_sides(pixels, config.thresholds, config.patch_size, config.scorer, config.merge)
+            sides_BHW = unchecked_patch_sides(pixels, config.thresholds, config.patch_size, config.scorer, config.merge)
         if tuple(sides_BHW.shape) != (len(pixel_values), *grid):
             raise ValueError(
                 f"patch_sides have shape {tuple(sides_BHW.shape)}, but {len(pixel_values)} images of {grid} patches "
@@ -133,6 +134,8 @@ class AptClipVisionModel(CLIPVisionModel):
                 fill_dropped=config.merge == "random",
             )
         except ValueError as error:
+            if not is_given:
+                raise
             raise ValueError(
                 f"{error}: give the processor and the model the same thresholds and merge mode (the model has "
                 f"{config.thresholds}, {config.merge!r})"

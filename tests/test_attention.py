@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apt_backbones import varlen_attention
+from apt_backbones import attention, varlen_attention
 
 LENGTHS = [(7,), (4, 4, 4), (5, 1, 9, 5), (0, 3, 0, 3, 8, 0)]
 
@@ -58,9 +58,45 @@ def test_an_unknown_backend_names_the_known_ones():
         varlen_attention(q, k, v, cu_seqlens, 4, backend="xformers")
 
 
+def strict_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k):
+    """Stands for ``torch.nn.attention.varlen.varlen_attn``: refuses what it would silently get wrong."""
+    for x in (q, k, v):
+        assert x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[-1] % 8 == 0
+    return masked_dense(q, k, v, cu_seqlens_q.diff().tolist())
+
+
+@pytest.mark.parametrize("head_dim", [4, 16, 20, 24, 40, 72])
+@pytest.mark.parametrize("strided", [True, False])
+def test_kernels_get_the_inputs_that_they_can_read(monkeypatch, head_dim, strided):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", strict_kernel)
+    monkeypatch.setattr(attention, "_why_not", lambda *_: None)
+    lengths = (5, 3, 5)
+    q, k, v, cu_seqlens = packed(lengths, head_dim=head_dim)
+    if strided:
+        q, k, v = torch.randn(13, 3, 3 * head_dim, requires_grad=True).split(head_dim, dim=-1)
+    out = varlen_attention(q, k, v, cu_seqlens, 5, lengths, backend="varlen")
+    expected = masked_dense(q, k, v, lengths)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    upstream = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream)
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_inputs_are_copied_only_if_they_must_be():
+    x = torch.randn(7, 2, 16)
+    assert attention._for_kernel(x) is x
+    misaligned = torch.randn(7 * 2 * 16 + 1)[1:].view(7, 2, 16)
+    for case in (misaligned, x.transpose(0, 1), torch.randn(7, 2, 20)):
+        ready = attention._for_kernel(case)
+        assert ready.is_contiguous() and ready.data_ptr() % 16 == 0
+        assert torch.equal(ready[..., : case.shape[-1]], case) and not ready[..., case.shape[-1] :].any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [*LENGTHS, (1024, 300, 1024)])
-@pytest.mark.parametrize("head_dim", [64, 72, 80])
+@pytest.mark.parametrize("head_dim", [20, 24, 40, 64, 72, 80])
 def test_gpu_kernels_equal_float32(lengths, head_dim):
     q, k, v, cu_seqlens = packed(lengths, head_dim=head_dim, device="cuda", dtype=torch.bfloat16)
     out = varlen_attention(q, k, v, cu_seqlens, max(lengths), lengths, backend="varlen")
