@@ -9,6 +9,7 @@ from apt_backbones import freeze_host
 from apt_backbones.freeze import is_new
 from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor
 
+from .host_reads import host_reads
 from .llava_tiny import CELLS, PATCH, PROMPT, SIDE, difference, photo, save_hub_checkpoint
 
 ON = {"thresholds": {28: 2.0, 56: 1.0}}
@@ -52,6 +53,27 @@ def test_flat_parts_cost_few_tokens_and_busy_parts_all(checkpoint):
     assert (inputs["input_ids"] == IMAGE).sum(1).tolist() == [4, 64, 2 + 32]  # 56 px, 14 px, both
     assert inputs["patch_sides"].shape == (3, 8, 8)
     assert inputs["patch_sides"][0].unique().tolist() == [56]
+
+
+@pytest.mark.parametrize("merge", ["apt", "resizing", "random"])
+@pytest.mark.parametrize("layout_given", [True, False])
+def test_the_tower_waits_for_the_device_once(checkpoint, merge, layout_given):
+    model, processor = load(checkpoint, merge=merge)
+    inputs = inputs_of(processor, [PROMPT] * 2, [photo(0), photo(1)])
+    arguments = [inputs["pixel_values"], inputs["patch_sides"] if layout_given else None]
+    with torch.no_grad():
+        model.model.vision_tower(*arguments)  # fills what is kept per image size
+        with host_reads() as found:
+            model.model.vision_tower(*arguments)
+    assert found == ["tolist"]
+
+
+def test_the_tower_refuses_pixels_that_are_no_numbers(checkpoint):
+    model, processor = load(checkpoint)
+    pixels = inputs_of(processor, [PROMPT], [photo(0)])["pixel_values"]
+    pixels[0, 1, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"images \[0\] of the batch have NaN or infinite pixels$"):
+        model.model.vision_tower(pixels)
 
 
 @pytest.mark.parametrize("merge", ["apt", "resizing", "random"])
