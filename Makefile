@@ -23,12 +23,11 @@ format: setup
 	"$(VENV)/bin/ruff" check --fix .
 	"$(VENV)/bin/ruff" format .
 
-# Short fine-tune of a small dense model that is shipped, and its comparison with the dense model; TASK=det or seg.
+# A small dense model that is shipped becomes an APT, and a page shows what that gives; TASK=det, seg or llava. It goes
+# on where it was interrupted.
 TASK ?= det
 demo: setup data/photoshapes
-	"$(VENV)/bin/python" tools/photoshapes_results.py $(TASK) --out work_dirs/demo \
-		--dense $(TASK)_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors
-	@echo "Table: work_dirs/demo/photoshapes_$(TASK).md. Next: README.md, 'Your own checkpoint'."
+	"$(VENV)/bin/python" tools/demo.py $(TASK)
 
 data/photoshapes:
 	"$(VENV)/bin/python" tools/make_photoshapes.py $@

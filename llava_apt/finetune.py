@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from apt_backbones import freeze_host
@@ -127,6 +128,12 @@ def report_bad(dataset: LlavaDataset, unreadable: Tensor, output_dir: Path) -> N
     os.replace(unfinished, output_dir / "bad_records.json")
 
 
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The last checkpoint that has all its files; a run that is killed while it writes one leaves a part."""
+    complete = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
 def threshold(text: str) -> tuple[int, float]:
     size, _, value = text.partition("=")
     return int(size), float(value)
@@ -220,10 +227,10 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     trainer = LlavaTrainer(
         model, training, LlavaCollator(processor, args.max_length), dataset, processing_class=processor
     )
-    last = get_last_checkpoint(args.output_dir) if args.resume else None
+    last = last_complete_checkpoint(Path(args.output_dir)) if args.resume else None
     if args.resume and last is None:
         logger.warning("nothing to resume in %s; starting at the beginning", args.output_dir)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last and str(last))
     unreadable = trainer.accelerator.reduce(dataset.unreadable.float().to(training.device))
     if is_main:
         report_bad(dataset, unreadable, Path(args.output_dir))

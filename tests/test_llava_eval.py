@@ -174,7 +174,7 @@ def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, mon
     tuned = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, thresholds={28: 2})
     save_new_layers(tuned, tmp_path)
     arguments = [data, checkpoint, tmp_path, "--thresholds", "28=2", "--output", tmp_path / "results"]
-    arguments += ["--rounds", 1, "--speed-samples", 4]
+    arguments += ["--rounds", 1, "--speed-samples", 4, "--work-dir", tmp_path / "work"]
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments)])
     tool("photoshapes_vqa_results").main()
     report = json.loads((tmp_path / "results.json").read_text())

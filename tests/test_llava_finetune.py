@@ -108,6 +108,8 @@ def test_bad_records_are_reported_and_abort_only_when_asked(task, finished, tmp_
 
 def test_resuming_ends_where_the_uninterrupted_run_ends(task, finished, tmp_path):
     shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
+    shutil.copytree(finished / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # as if the run had been killed while writing it
     assert {name for name in load_file(tmp_path / "checkpoint-3" / "model.safetensors")} == {
         name for name in load_file(finished / "apt_new_layers.safetensors")
     }

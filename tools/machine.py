@@ -7,9 +7,15 @@ from pathlib import Path
 import torch
 
 
+def processor() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def hardware() -> str:
-    """Processor and what of it torch uses, or the GPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
+    """The processor and what of it torch uses, or the GPU."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-    return f"{names[0]}, {os.cpu_count()} cores; {device}"
+    return f"{processor()}, {os.cpu_count()} cores; {device}"

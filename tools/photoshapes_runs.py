@@ -19,13 +19,14 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn, track
-from steps import Steps, announced, console, digest, fingerprint
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from steps import Steps, announced, console, digest, fingerprint, track
 
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 
 PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
+DENSE, AFTER = "dense", "APT after the short fine-tune"  # titles of the rows that matter most
 LOGGED, SAVED = 30, 6  # times in a short fine-tune, if it has as many iterations
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +89,7 @@ class Bar(Hook):
 
     def __init__(self, title: str):
         columns = ("      {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=console, transient=True)
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task(title, total=None)
 
     def __enter__(self) -> "Bar":
@@ -131,7 +132,7 @@ class Experiment:
         if not data.is_dir():
             raise FileNotFoundError(f"no data at {data}; make it with: python tools/make_photoshapes.py {data}")
         self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-        code = fingerprint(ROOT / "apt_backbones", pattern="*.py")
+        code = fingerprint(ROOT / "apt_backbones", __file__, pattern="*.py")
         self.steps = Steps(work_dir / "steps", {"data": fingerprint(data), "code": code, "versions": self.versions})
         self._dense = dense
 
@@ -192,11 +193,11 @@ class Experiment:
     def rows(self) -> list[Row]:
         path, dense, tuned = self.path, self.dense, self.tuned
         rows = [
-            Row("dense", path("dense"), dense),
+            Row(DENSE, path("dense"), dense),
             Row("random", path("random"), dense),
             Row("resizing", path("resizing"), dense),
             Row("APT before the short fine-tune", path("apt"), dense),
-            Row("APT after the short fine-tune", path("apt"), tuned),
+            Row(AFTER, path("apt"), tuned),
         ]
         if self.task.rectangles:
             rows.insert(1, Row("dense, not padded to a square", path("dense", rectangle=True), dense))
@@ -255,7 +256,8 @@ def build(cfg: Config) -> Runner:
 
 def train(cfg: Config, folder: Path, title: str) -> Path:
     """The last checkpoint of a training in this folder, which is begun, continued, or found to be finished."""
-    latest = find_latest_checkpoint(str(folder))
+    with quiet():
+        latest = find_latest_checkpoint(str(folder))
     latest = folder / Path(latest).name if latest else None
     last = folder / f"iter_{cfg.train_cfg.max_iters}.pth"
     if latest == last and last.is_file():
@@ -297,7 +299,7 @@ def calibrate(cfg: Config, removed: float) -> dict:
     score_maps = [
         # BGR to RGB
         score_maps_of(dataset[index]["inputs"].flip(0)[None].float(), tuple(backbone.thresholds), scorer_of(cfg))
-        for index in track(range(len(dataset)), "      images", console=console, transient=True)
+        for index in track(range(len(dataset)), "images")
     ]
     smallest = backbone.thresholds[min(backbone.thresholds)]
     ratios = [float(f"{backbone.thresholds[size] / smallest:.2g}") for size in sorted(backbone.thresholds)]
@@ -322,7 +324,7 @@ def time_interleaved(runners: dict[str, Runner]) -> dict[str, float]:
         for index in range(count):
             batches[title].append({k: [v] for k, v in runner.test_dataloader.dataset[index].items()})
     seconds = {title: [] for title in runners}
-    for index in track(range(count), "      images", console=console, transient=True):
+    for index in track(range(count), "images"):
         for round_ in range(TIMED_ROUNDS + 1):
             for title, runner in runners.items():
                 start = time.perf_counter()

@@ -2,14 +2,15 @@
 """Table of LLaVA on PhotoShapes' questions, scored by lmms-eval: dense, random, resizing, APT before and after tuning.
 
 Writes NAME.json (every figure, hardware, versions, command) and NAME.md. Speeds come from the same run: before the
-scoring, all variants answer the same batches in turn, several rounds over, image processing included.
+scoring, all variants answer the same batches in turn, several rounds over, image processing included. Started again, it
+repeats nothing that is finished and whose inputs (checkpoints, data, settings, code) are still the same.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -22,17 +23,21 @@ from pathlib import Path
 import torch
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from machine import processor
 from PIL import Image
+from steps import Steps, fingerprint, run, write
 from torch import Tensor
 
 import llava_apt
 from llava_apt.data import read_records
 from llava_apt.lmms_eval_plugin import LlavaAptSimple
+from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
 
 TASK = "photoshapes_vqa"
 TYPES = ("yes/no", "shape", "colour", "count", "position")
 SETTINGS = {"max_new_tokens": 4}
+ROOT = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
@@ -119,19 +124,26 @@ def load(data: Path, name: str) -> Image.Image:
         return image.convert("RGB")
 
 
+def rate(measured: dict) -> float:
+    """Samples per second of a variant: the median of its rounds."""
+    return statistics.median(measured["samples_per_second"])
+
+
+def shown(accuracy: dict[str, float]) -> list[str]:
+    """Accuracies in percent, in all and per type of question."""
+    return [f"{accuracy[kind]:.1f}" for kind in ("", *TYPES)]
+
+
 def markdown(report: dict) -> str:
     def row(name: str, accuracy: dict, tokens: str, content: str, rate: str) -> str:
-        cells = [name, *(f"{accuracy[kind]:.1f}" for kind in ("", *TYPES)), tokens, content, rate]
-        return f"| {' | '.join(cells)} |"
+        return f"| {' | '.join([name, *shown(accuracy), tokens, content, rate])} |"
 
     head = ["", "all", *TYPES, "image tokens", "without padding", "samples/s"]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     lines.append(row("most frequent answer", report["majority"], "", "", ""))
     for name, measured in report["variants"].items():
-        rate = f"{statistics.median(measured['samples_per_second']):.2f}"
-        lines.append(
-            row(name, measured["accuracy"], f"{measured['tokens']:.1f}", f"{measured['content_tokens']:.1f}", rate)
-        )
+        tokens, content = f"{measured['tokens']:.1f}", f"{measured['content_tokens']:.1f}"
+        lines.append(row(name, measured["accuracy"], tokens, content, f"{rate(measured):.2f}"))
     setup = report["setup"]
     versions = ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
     return "\n".join(
@@ -156,52 +168,66 @@ def markdown(report: dict) -> str:
     )
 
 
-def machine(device: str, threads: int) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {threads} of {os.cpu_count()} CPU threads"
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def run(args: argparse.Namespace) -> dict:
-    torch.set_num_threads(args.threads)
-    common = dict(batch_size=args.batch_size, device=args.device)
-    merged = dict(pretrained=str(args.dense), thresholds=args.thresholds, **common)
-    options = {
-        "dense": dict(pretrained=str(args.dense), thresholds="off", **common),
+def variants_of(dense: Path, new_layers: Path, thresholds: str) -> dict[str, dict]:
+    """Arguments of ``LlavaAptSimple`` for every line of the table."""
+    merged = dict(pretrained=str(dense), thresholds=thresholds)
+    return {
+        "dense": dict(pretrained=str(dense), thresholds="off"),
         "random": dict(merge="random", **merged),
         "resizing": dict(merge="resizing", **merged),
         "APT before": merged,
-        "APT": dict(new_layers=str(args.new_layers), **merged),
+        "APT": dict(new_layers=str(new_layers), **merged),
     }
-    models = {name: LlavaAptSimple(**chosen) for name, chosen in options.items()}
-    rates = speeds(models, args.data, args.speed_samples, args.rounds)
+
+
+def measure(args: argparse.Namespace, command: str) -> dict:
+    """Everything in the table; ``args`` as ``parser`` describes them."""
+    torch.set_num_threads(args.threads)
+    layers = args.new_layers
+    versions = {name: version(name) for name in ("torch", "transformers", "lmms-eval")}
+    common = {
+        "data": fingerprint(args.data),
+        "dense": fingerprint(args.dense),
+        "new layers": fingerprint(layers / FILE_NAME if layers.is_dir() else layers),
+        "code": fingerprint(*(ROOT / package for package in ("apt_backbones", "llava_apt")), pattern="*.py"),
+        "versions": versions,
+        "thresholds": args.thresholds,
+        "batch size": args.batch_size,
+        "machine": machine(args.device, args.threads),
+    }
+    steps = Steps(args.work_dir / "steps", common)
     records = read_records(args.data / "vqa_validation.json")[: args.limit]
     names = sorted({record["image"] for record in records})
-    pictures = [load(args.data, name) for name in names]
-    with task_manager(args.data) as manager:
-        variants = {
-            name: {
-                "samples_per_second": rates[name],
-                **tokens_per_image(model, pictures),
-                "accuracy": score(model, manager, args.limit),  # lmms-eval frees the model afterwards
-            }
-            for name, model in models.items()
-        }
+    options = variants_of(args.dense, layers, args.thresholds)
+
+    def model(name: str) -> LlavaAptSimple:
+        return LlavaAptSimple(**options[name], batch_size=args.batch_size, device=args.device, dtype="float32")
+
+    def timed() -> dict[str, list[float]]:
+        return speeds({name: model(name) for name in options}, args.data, args.speed_samples, args.rounds)
+
+    def scored(name: str) -> dict:
+        lm = model(name)
+        tokens = tokens_per_image(lm, [load(args.data, picture) for picture in names])
+        with task_manager(args.data) as manager:
+            return {**tokens, "accuracy": score(lm, manager, args.limit)}
+
+    inputs = {"samples": args.speed_samples, "rounds": args.rounds}
+    rates = steps.run("speed", f"speed: {args.rounds} rounds of all variants in turn", inputs, timed)
     return {
         "majority": majority(args.data, args.limit),
-        "variants": variants,
+        "variants": {
+            name: {
+                "samples_per_second": rates[name],
+                **steps.run(
+                    name.replace(" ", "_"),
+                    f"answers: {name}, {len(records)} questions",
+                    {"limit": args.limit},
+                    functools.partial(scored, name),
+                ),
+            }
+            for name in options
+        },
         "setup": {
             "questions": len(records),
             "images": len(names),
@@ -209,14 +235,26 @@ def run(args: argparse.Namespace) -> dict:
             "speed_samples": args.speed_samples,
             "batch_size": args.batch_size,
             "thresholds": args.thresholds,
-            "machine": machine(args.device, args.threads),
-            "versions": {name: version(name) for name in ("torch", "transformers", "lmms-eval")},
-            "command": shlex.join(["python", "tools/photoshapes_vqa_results.py", *sys.argv[1:]]),
+            "machine": common["machine"],
+            "versions": versions,
+            "command": command,
         },
     }
 
 
-def main() -> None:
+def machine(device: str, threads: int) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {threads} of {os.cpu_count()} CPU threads"
+
+
+def write_tables(report: dict, path: Path) -> None:
+    """PATH.json and PATH.md."""
+    write(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    write(path.with_suffix(".md"), markdown(report))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", type=Path, help="folder that tools/make_photoshapes.py made")
@@ -224,23 +262,22 @@ def main() -> None:
     add("new_layers", type=Path, help="folder or file that llava_apt.finetune made from it")
     add("--thresholds", default="28=4.5", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
     add("--output", type=Path, default=Path("docs/results/photoshapes_vqa"), help="without ending (%(default)s)")
+    add("--work-dir", type=Path, default=Path("work_dirs/vqa"), help="for what is finished (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")
     add("--limit", type=int, help="only so many questions")
     add("--speed-samples", type=int, default=128, help="questions a round (%(default)s)")
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--device", default="cpu", help="(%(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (%(default)s)")
-    args = parser.parse_args()
-    try:
-        report = run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write(args.output.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    write(args.output.with_suffix(".md"), text)
-    print(text)
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    report = measure(args, shlex.join(["python", "tools/photoshapes_vqa_results.py", *sys.argv[1:]]))
+    write_tables(report, args.output)
+    print(markdown(report))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

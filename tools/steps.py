@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import progress
 from rich.console import Console
 
 console = Console(stderr=True)
@@ -54,6 +55,11 @@ def announced(title: str) -> Iterator[None]:
     console.print(f"      [dim]{time.perf_counter() - started:.0f} s[/]", highlight=False)
 
 
+def track(items: Iterable, title: str) -> Iterable:
+    """The items, with a progress bar while they are gone through."""
+    return progress.track(items, f"      {title}", console=console, transient=True, disable=not console.is_terminal)
+
+
 def as_json(value: object):
     """What JSON makes of a value: keys become strings, tuples lists."""
     return json.loads(json.dumps(value, default=str))
@@ -90,11 +96,16 @@ def write(path: Path, text: str) -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a tool: missing files and wrong values are reported in one line, and interrupting it is no accident."""
+    """Run a tool: what the user can mend is reported in one line, and interrupting it is no accident.
+
+    ``python -X dev`` shows where an error was raised.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where it stopped")

@@ -1,0 +1,220 @@
+"""The demo: its page, its pictures, and that an interrupted run goes on where it stopped."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.demo_page import data_uri, render, share_histogram, training_curve
+from tools.demo_pictures import CLASS_COLOURS, class_legend, detections, label_map, spread
+
+from .llava_tiny import save_hub_checkpoint
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def test_images_are_picked_by_rank():
+    values = [0.9, 0.1, 0.5, 0.3, 0.7]
+    assert [values[i] for i in spread(values, 5)] == sorted(values)
+    assert [values[i] for i in spread(values, 2)] == [0.3, 0.7]
+    assert spread([1.0], 4) == [0]
+
+
+def test_label_maps_tint_what_is_not_background():
+    grey = Image.new("RGB", (64, 48), (100, 100, 100))
+    labels = np.zeros((48, 64), int)
+    labels[:, 32:] = 1
+    drawn = np.asarray(label_map(grey, labels, ("background", "star")))
+    assert drawn.shape == (480, 640, 3)
+    assert (drawn[:, :270] == 100).all()
+    assert (drawn[:, 370:] == np.round(0.4 * 100 + 0.6 * np.array(CLASS_COLOURS[1]))).all()
+    assert [entry["label"] for entry in class_legend(("background", "star"))["entries"]] == ["star"]
+
+
+def test_boxes_lie_where_the_objects_are():
+    grey = Image.new("RGB", (64, 48), (100, 100, 100))
+    nothing = np.zeros((1, 48, 64), bool)
+    drawn = detections(grey, np.array([[16.0, 24.0, 48.0, 40.0]]), np.array([2]), nothing, ["triangle 0.90"])
+    is_line = (np.asarray(drawn) == CLASS_COLOURS[2]).all(-1)
+    assert is_line[300, 160] and is_line[300, 480] and is_line[400, 300]  # left, right, bottom, ten times as large
+    assert not is_line[300, 300] and not is_line[410:].any()
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+class Page(HTMLParser):
+    """Sources of all images, links to other files, and the text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.images, self.links, self.text = [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.images += [attributes["src"]] if tag == "img" else []
+        self.links += [
+            attributes[name] for name in ("href", "src") if not attributes.get(name, "#").startswith(("#", "data:"))
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def example_page(**changes):
+    page = {
+        "title": "A & B",
+        "intro": "Two sentences.",
+        "tiles": [{"value": "73%", "label": "kept"}],
+        "table": {"head": ["", "mAP"], "rows": [{"is_apt": True, "cells": ["APT", "65.5"]}]},
+        "methods": [("dense", "unchanged")],
+        "speed": "Measured.",
+        "machine": [("hardware", "a processor")],
+        "charts": [{"title": "Curve", "svg": training_curve([1, 2], [3.0, 2.5]), "caption": "Loss."}],
+        "pictures_text": "By rank.",
+        "legends": [class_legend(("star",))],
+        "pictures": [
+            {
+                "caption": "An image.",
+                "panels": [{"label": "patches", "uri": data_uri(Image.new("RGB", (8, 8)))}],
+                "answers": [{"question": "How many?", "truth": "2", "dense": "2", "apt": "<3>"}],
+            }
+        ],
+        "next_text": "Then:",
+        "next": "python tools/train.py config.py",
+        "command": "tools/demo.py det",
+        "date": "2026-01-01",
+    }
+    return render({**page, **changes})
+
+
+def test_the_page_needs_no_other_file():
+    page = Page(example_page())
+    assert page.images and all(source.startswith("data:image/jpeg;base64,") for source in page.images)
+    assert page.links == []
+    for expected in ("A & B", "65.5", "✓ 2", "✗ <3>", "python tools/train.py config.py"):
+        assert expected in page.text
+
+
+def test_charts_take_the_pages_text_colour():
+    for chart in (training_curve([1, 2, 3], [3.0, 2.0, 1.0]), share_histogram([0.4, 0.7, 0.9], 0.7)):
+        assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>")
+        assert "currentColor" in chart and "#123456" not in chart
+        assert not re.search(r"<svg[^>]*\s(width|height)=", chart)
+        assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", chart[: chart.index(">")])
+
+
+def test_the_commands_on_the_page_exist():
+    from tools import demo_llava, demo_mm
+
+    for commands in (*demo_mm.NEXT.values(), demo_llava.NEXT):
+        for command in commands.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(command)[1:]
+            if program == "-m" and arguments.pop(0) == "lmms_eval":
+                continue
+            source = ROOT / ("llava_apt/finetune.py" if program == "-m" else program)
+            known = source.read_text() + (ROOT / "tools/mm_config.py").read_text()
+            for argument in arguments:
+                assert not argument.startswith("--") or f'"{argument}"' in known, command
+                assert not re.match(r"\w+_configs/", argument) or (ROOT / argument).is_file(), command
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "photoshapes"
+    command = [sys.executable, "tools/make_photoshapes.py", folder, "--train", "12", "--val", "3", "--size", "192"]
+    subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
+    return folder
+
+
+def mm_options(data):
+    loaders = ("train_dataloader", "val_dataloader", "test_dataloader")
+    options = {f"{loader}.dataset.data_root": f"{data}/" for loader in loaders}
+    options |= {f"{loader}.num_workers": 0 for loader in loaders}
+    options |= {f"{loader}.persistent_workers": False for loader in loaders}
+    options |= {"train_dataloader.batch_size": 2, "train_cfg.max_iters": 6}
+    return options
+
+
+def arguments(task, data, out, folder):
+    """Of a demo of a minute."""
+    command = [sys.executable, "tools/demo.py", task, "--out", out, "--pictures", "2"]
+    if task == "llava":
+        return [*command, "--data", data, "--limit", "8", "--dense", folder]
+    options = mm_options(data)
+    if task == "det":
+        options["test_evaluator.ann_file"] = f"{data}/annotations/instances_validation.json"
+    return [*command, "--cfg-options", *(f"{name}={value}" for name, value in options.items())]
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    save_hub_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["det", "seg", "llava"])
+def test_a_stopped_demo_goes_on_and_repeats_nothing(task, data, llava, tmp_path):
+    """Killed in the short fine-tune, interrupted between evaluations, then finished, and started once more."""
+    command, folder = arguments(task, data, tmp_path, llava), tmp_path / task
+    steps = folder / "steps"
+
+    def start():
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+    with start() as process:
+        wait_for(process, lambda: list(folder.glob("*/iter_2.pth")) or list(folder.glob("*/checkpoint-*")))
+        process.send_signal(signal.SIGKILL)
+    assert [path.stem for path in steps.iterdir()] == ["thresholds"] and not (folder / "index.html").exists()
+
+    with start() as process:
+        wait_for(process, lambda: len(list(steps.glob("*.json"))) >= 3)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 1 and said.endswith("interrupted; the same command goes on where it stopped\n")
+    assert "continued" in said
+    kept = {path.name: path.stat().st_mtime_ns for path in steps.glob("*.json")}
+
+    with start() as process:
+        said = process.stderr.read()
+    assert process.returncode == 0 and f"Done: open {folder / 'index.html'}" in said.splitlines()[-1]
+    assert {name: (steps / name).stat().st_mtime_ns for name in kept} == kept
+    page = Page((folder / "index.html").read_text())
+    assert len(page.images) == 2 * {"det": 3, "seg": 4, "llava": 1}[task] and not page.links
+
+    with start() as process:
+        said = process.stderr.read()
+    assert process.returncode == 0 and "doing" not in said
+    assert Page((folder / "index.html").read_text()).text == page.text
+
+    # With another budget no step is taken over.
+    with subprocess.Popen([*command, "--removed", "0.1"], cwd=ROOT, env=ENVIRONMENT) as process:
+        wait_for(process, lambda: json.loads((steps / "thresholds.json").read_text())["inputs"]["removed"] == 0.1)
+        wait_for(process, lambda: len(list(folder.glob("*-*/"))) == 2)  # another short fine-tune
+        process.send_signal(signal.SIGKILL)

@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""See adaptive patches at work: a small dense model becomes an APT on this machine, and one page shows what that gives.
+
+examples:
+  python tools/demo.py det
+  python tools/demo.py llava --removed 0.4
+
+Finds thresholds for a token budget, trains the new layers for a few minutes, evaluates all methods, times them and
+draws pictures; then writes OUT/TASK/index.html and a table. Started again, it goes on where it stopped.
+"""
+
+import argparse
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+from demo_page import render, share_histogram, training_curve
+from mmengine.config import DictAction
+from steps import console, run, write
+
+DENSE = {
+    "det": Path("det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
+    "seg": Path("seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
+    "llava": Path("llava_apt/checkpoints/small_photoshapes"),
+}
+TITLES = {"det": "detection", "seg": "segmentation", "llava": "vision-language models"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(__doc__.splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=DENSE)
+    parser.add_argument("--dense", type=Path, help="the dense model: a file, for llava a folder (default: the shipped)")
+    parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/demo"), help="for everything (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=4, help="images to draw (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/photoshapes"), help="for llava (%(default)s)")
+    parser.add_argument("--limit", type=int, default=600, help="for llava: questions to answer (%(default)s)")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, help="for det and seg: settings that replace the configs'"
+    )
+    return parser.parse_args()
+
+
+def mm_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
+    import demo_mm
+    from photoshapes_results import measure, write_tables
+    from photoshapes_runs import Experiment
+
+    experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
+    results = measure(experiment, args.task, command)
+    write_tables(results, folder)
+    return demo_mm.content(experiment, results, args.pictures)
+
+
+def llava_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
+    import demo_llava
+    from photoshapes_vqa_results import write_tables
+
+    adaptation = demo_llava.Adaptation(args.dense, args.data, args.removed, folder)
+    report = adaptation.measure(args.limit, command)
+    write_tables(report, folder / "photoshapes_vqa")
+    return demo_llava.content(adaptation, report, args.pictures)
+
+
+def page_of(task: str, content: dict, command: str) -> dict:
+    """What demo_page.html shows, in words that hold for all tasks."""
+    steps, losses = content["loss"]
+    shares, budget = content["shares"], content["budget"]
+    metric, dense, apt = content["accuracy"]
+    return {
+        "title": f"Adaptive patches for {TITLES[task]}",
+        "intro": (
+            "An Adaptive Patch Transformer (APT) covers the smooth parts of an image with large patches and the busy "
+            "parts with small ones, so that the network reads fewer tokens. Here a small dense "
+            f"{content['what']} was turned into an APT on this machine: thresholds were chosen for a token budget, a "
+            "few new layers were trained for minutes, and everything else stayed as it was."
+        ),
+        "tiles": [
+            {"value": f"{content['kept']:.0%}", "label": "of the content's tokens kept"},
+            {"value": f"{dense:.1f} → {apt:.1f}", "label": f"{metric}, dense → APT"},
+            {"value": f"{content['speed']:.2f}x", "label": "speed of the whole model"},
+            {"value": f"{content['minutes']:.1f} min", "label": f"short fine-tune, {steps[-1]} iterations"},
+        ],
+        "table": content["table"],
+        "methods": content["methods"],
+        "speed": (
+            f"{content['speed_text']} Adaptive patches make the trunk faster, and only it: in so small a model the "
+            "rest takes much of the time. tools/benchmark.py times the trunks of real size."
+        ),
+        "machine": [
+            ("hardware", content["hardware"]),
+            ("versions", ", ".join(f"{name} {number}" for name, number in content["versions"].items())),
+        ],
+        "charts": [
+            {
+                "title": "Thresholds for a token budget",
+                "svg": share_histogram(shares, budget),
+                "caption": (
+                    f"Asked: keep {budget:.0%} of the tokens of {len(shares)} images. Found: patches are merged if "
+                    f"their {content['scorer']} score is below {content['thresholds']}. The smoothest image keeps "
+                    f"{min(shares):.0%} of its tokens, the busiest {max(shares):.0%}."
+                ),
+            },
+            {
+                "title": "Short fine-tune",
+                "svg": training_curve(steps, losses),
+                "caption": "Training loss; only the new layers learn, and at the start they add nothing.",
+            },
+        ],
+        "pictures_text": (
+            "Validation images, from one that keeps few tokens to one that keeps many, chosen by rank and not by hand."
+        ),
+        "legends": content["legends"],
+        "pictures": content["pictures"],
+        "next_text": "Convert it, find thresholds on your images, train the new layers, test, and measure the speed:",
+        "next": content["next"],
+        "command": command,
+        "date": str(date.today()),
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    args.dense = args.dense or DENSE[args.task]
+    if not args.dense.exists():
+        raise FileNotFoundError(f"no dense model at {args.dense}; name one with --dense")
+    folder = args.out / args.task
+    command = shlex.join(["tools/demo.py", *sys.argv[1:]])
+    content = (llava_content if args.task == "llava" else mm_content)(args, folder, command)
+    write(folder / "index.html", render(page_of(args.task, content, command)))
+    console.print(
+        f"\nDone: open [bold]{folder / 'index.html'}[/] in a browser. "
+        "Next: your own checkpoint, with the commands at the page's end.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
