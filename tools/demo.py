@@ -15,6 +15,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from cli import parser_of
 from demo_page import render, share_histogram, training_curve
 from mmengine.config import DictAction
 from steps import console, run, write
@@ -28,11 +29,7 @@ TITLES = {"det": "detection", "seg": "segmentation", "llava": "vision-language m
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="\n".join(__doc__.splitlines()[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("task", choices=DENSE)
     parser.add_argument("--dense", type=Path, help="the dense model: a file, for llava a folder (default: the shipped)")
     parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 import demo_pictures
+import drawing
 import photoshapes_vqa_results as vqa
 import torch
-import visualize
 from datasets import disable_progress_bars
 from demo_page import data_uri
 from demo_pictures import patch_legend, patches, spread
@@ -150,8 +150,8 @@ class Adaptation:
 
     def show(self, count: int) -> dict:
         """``pictures`` of validation images with questions and answers, and a ``legend``."""
-        drawing = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, visualize)]
-        inputs = {"new layers": fingerprint(self.tuned / FILE_NAME), "count": count, "drawing": fingerprint(*drawing)}
+        code = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, drawing)]
+        inputs = {"new layers": fingerprint(self.tuned / FILE_NAME), "count": count, "drawn by": fingerprint(*code)}
         return self.steps.run("pictures", f"pictures of {count} images", inputs, lambda: self._draw(count))
 
     def _draw(self, count: int) -> dict:

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import demo_pictures
+import drawing
 import numpy as np
 import torch
-import visualize
 from demo_page import data_uri
 from demo_pictures import class_legend, detections, label_map, patch_legend, patches, spread
 from mmengine.structures import BaseDataElement
@@ -90,8 +90,8 @@ def show(experiment: Experiment, count: int) -> dict:
     """``pictures`` of some validation images from those that keep few tokens to those that keep many, and a
     ``legends`` to them; finished pictures are kept as every step is."""
     rows = [next(row for row in experiment.rows if row.title == title) for title in (DENSE, AFTER)]
-    drawing = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, visualize)]
-    inputs = {row.title: experiment.inputs(row) for row in rows} | {"count": count, "drawing": fingerprint(*drawing)}
+    code = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, drawing)]
+    inputs = {row.title: experiment.inputs(row) for row in rows} | {"count": count, "drawn by": fingerprint(*code)}
     title = f"pictures of {count} images"
     return experiment.steps.run("pictures", title, inputs, lambda: draw(experiment, rows, count))
 

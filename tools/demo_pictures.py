@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
+from drawing import COLOURS, draw_grid, zoom_for
 from PIL import Image, ImageDraw, ImageFont
-from visualize import COLOURS, draw_grid
 
 from apt_backbones import PatchLayout
 
@@ -45,9 +45,7 @@ def patch_legend(sizes: Sequence[int]) -> dict:
 
 def patches(image: Image.Image, layout: PatchLayout) -> Image.Image:
     """An image as the model sees it, with its patches; the layout's batch is this image alone."""
-    drawn = draw_grid(image, layout)
-    drawn.thumbnail((1.5 * WIDTH, 1.5 * WIDTH))
-    return drawn
+    return draw_grid(image, layout, zoom_for(image, 1.5 * WIDTH))
 
 
 def enlarged(image: Image.Image) -> tuple[Image.Image, float]:

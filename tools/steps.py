@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cli
 from rich import progress
 from rich.console import Console
 
@@ -96,16 +97,13 @@ def write(path: Path, text: str) -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a tool: what the user can mend is reported in one line, and interrupting it is no accident.
-
-    ``python -X dev`` shows where an error was raised.
-    """
+    """Run a tool that keeps finished steps, as ``cli.run`` does; SIGTERM interrupts it as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where it stopped")
+
+    def interruptible() -> None:
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command goes on where it stopped")
+
+    cli.run(interruptible)

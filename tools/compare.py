@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Results of several runs in one table: accuracy, tokens and speed, and what they differ by from the first run.
+
+examples:
+  python tools/compare.py work_dirs/det/eva02_l_dense_1536 work_dirs/det/eva02_l_apt_1536
+  python tools/compare.py work_dirs/demo/det docs/results/photoshapes_det.json --json comparison.json
+  python tools/compare.py results/llava-1.5-7b results/llava-1.5-7b-apt
+
+A run is a folder of tools/test.py, tools/train.py (then its last validation), lmms-eval (--output_path) or
+tools/demo.py, or a table in JSON. Of several results in a folder the newest counts. Differences are to the first line,
+or, if the first run has several methods, to its line of the same method. Speeds of different machines or days tell
+little.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cli import parser_of, run
+from steps import write
+
+# Name in mmengine's logs -> title and factor; other metrics are shown only where none of these is.
+METRICS = {
+    "coco/bbox_mAP": ("box mAP", 100),
+    "coco/bbox_mAP_50": ("AP50", 100),
+    "coco/segm_mAP": ("mask mAP", 100),
+    "mIoU": ("mIoU", 1),
+    "aAcc": ("aAcc", 1),
+    "border/mIoU": ("mIoU within 3 px of borders", 1),
+}
+NO_METRICS = re.compile(
+    r"(val/|test/)?(tokens|(content|padding)_kept.*|time|data_time|step|iter|epoch|lr|base_lr|memory)"
+)
+
+
+@dataclass
+class Result:
+    """One line: a run, or one method of a run that has several.
+
+    Attributes:
+        metrics: title -> value.
+        tokens: patch tokens per image.
+        content_kept: share of the content's tokens.
+        speed: images (for LLaVA questions) per second.
+        differences: title of a metric -> difference to the reference.
+        relative_speed: to the reference's.
+    """
+
+    run: str
+    method: str
+    metrics: dict[str, float]
+    tokens: float | None = None
+    content_kept: float | None = None
+    speed: float | None = None
+    differences: dict[str, float] = field(default_factory=dict)
+    relative_speed: float | None = None
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def read_run(path: Path) -> list[Result]:
+    """The results of a run.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or it holds no results.
+        ValueError: a file is no table of results.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no run at {path}")
+    if path.is_file():
+        return read_table(str(path), path)
+    if tables := sorted(path.glob("photoshapes_*.json")):
+        return [result for table in tables for result in read_table(str(path), table)]
+    if found := newest(path.rglob("*_results.json")):
+        return [read_lmms_eval(str(path), json.loads(found.read_text()))]
+    if line := read_mmengine(path):
+        return [of_mmengine(str(path), *line)]
+    raise FileNotFoundError(
+        f"no results in {path}: neither of tools/test.py, nor a validation, nor of lmms-eval, nor a photoshapes_*.json"
+    )
+
+
+def read_table(name: str, path: Path) -> list[Result]:
+    """What tools/photoshapes_results.py or tools/photoshapes_vqa_results.py wrote."""
+    try:
+        table = json.loads(path.read_text())
+        if "rows" in table:
+            return [
+                Result(name, row["title"], row["metrics"], row["tokens"], row["content_kept"], row["images_per_second"])
+                for row in table["rows"]
+            ]
+        dense = table["variants"]["dense"]["content_tokens"]
+        return [
+            Result(
+                name,
+                method,
+                {f"accuracy {kind}".strip(): value for kind, value in row["accuracy"].items()},
+                row["tokens"],
+                row["content_tokens"] / dense,
+                sorted(row["samples_per_second"])[len(row["samples_per_second"]) // 2],
+            )
+            for method, row in table["variants"].items()
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no table of tools/photoshapes_results.py or photoshapes_vqa_results.py") from error
+
+
+def read_lmms_eval(name: str, content: dict) -> Result:
+    """What lmms-eval wrote of all its tasks."""
+    metrics = {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, measured in content["results"].items()
+        for metric, value in measured.items()
+        if isinstance(value, int | float) and "stderr" not in metric
+    }
+    throughput = dict(numbers(content.get("throughput") or {}))
+    seconds = throughput.get("seconds_per_sample")
+    return Result(name, "", metrics, throughput.get("tokens_per_image"), None, 1 / seconds if seconds else None)
+
+
+def numbers(content: dict) -> Iterator[tuple[str, float]]:
+    """All numbers in nested dictionaries, with their innermost name."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from numbers(value)
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+def read_mmengine(path: Path) -> tuple[dict, Path] | None:
+    """Metrics of the newest test, or of the last validation of the newest training, and the folder of that run."""
+    if found := newest(file for file in path.glob("*/*.json") if file.stem == file.parent.name):
+        return json.loads(found.read_text()), found.parent
+    for log in sorted(path.glob("*/vis_data/scalars.json"), reverse=True):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if validations := [line for line in lines if "loss" not in line and "lr" not in line]:
+            return validations[-1], log.parents[1]
+    return None
+
+
+def of_mmengine(name: str, line: dict, folder: Path) -> Result:
+    """A line of mmengine's log; its time is that of a batch, loading included."""
+    known = {title: line[key] * factor for key, (title, factor) in METRICS.items() if key in line}
+    others = {
+        key: value for key, value in line.items() if isinstance(value, int | float) and not NO_METRICS.fullmatch(key)
+    }
+    speed = batch_size(folder / "vis_data" / "config.py") / line["time"] if line.get("time") else None
+    return Result(name, "", known or others, line.get("tokens"), line.get("content_kept"), speed)
+
+
+def batch_size(config: Path) -> int:
+    """That of the tests; 1 if the configuration was not kept."""
+    from mmengine.config import Config
+
+    return Config.fromfile(config, import_custom_modules=False).test_dataloader.batch_size if config.is_file() else 1
+
+
+def newest(paths: Iterator[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+# ------------------------------------------------------------------------------------------- comparing
+
+
+def compare(runs: list[list[Result]]) -> list[Result]:
+    """All lines, each with what it differs by from its reference in the first run."""
+    first = runs[0][0]
+    methods = {result.method: result for result in runs[0]}
+    references = [(result, first) for result in runs[0][1:]]
+    references += [(result, methods.get(result.method, first)) for results in runs[1:] for result in results]
+    for result, reference in references:
+        shared = result.metrics.keys() & reference.metrics.keys()
+        result.differences = {title: result.metrics[title] - reference.metrics[title] for title in shared}
+        if result.speed and reference.speed:
+            result.relative_speed = result.speed / reference.speed
+    return [result for results in runs for result in results]
+
+
+def markdown(results: list[Result]) -> str:
+    """The table; columns that no run has are left out."""
+    titles = list(dict.fromkeys(title for result in results for title in result.metrics))
+    columns = {"run": lambda r: r.run}
+    if any(result.method for result in results):
+        columns["method"] = lambda r: r.method
+    for title in titles:
+        columns[title] = lambda r, t=title: cell(r.metrics.get(t), "{:.2f}", r.differences.get(t), " ({:+.2f})")
+    columns["tokens"] = lambda r: cell(r.tokens, "{:.1f}")
+    columns["content tokens kept"] = lambda r: cell(r.content_kept, "{:.1%}")
+    columns["per second"] = lambda r: cell(r.speed, "{:.2f}", r.relative_speed, " ({:.2f}x)")
+    table = {title: [show(result) for result in results] for title, show in columns.items()}
+    table = {title: cells for title, cells in table.items() if any(cells)}
+    lines = [list(table), ["---"] * len(table), *zip(*table.values())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: float | None, form: str, difference: float | None = None, difference_form: str = "") -> str:
+    if value is None:
+        return ""
+    return form.format(value) + ("" if difference is None else difference_form.format(difference))
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder or JSON table; the first is compared to"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to this file")
+    args = parser.parse_args()
+    results = compare([read_run(path) for path in args.runs])
+    if args.json:
+        write(args.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    run(main)
