@@ -8,6 +8,7 @@ Legend: B images, I and O input and output channels, H W the full size, h w the 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -39,17 +40,16 @@ def conv3x3_of_resized(
     maps = [x.to(dtype) for x in maps]
     weights = weight.to(dtype).split([x.shape[1] for x in maps], dim=1)
     bias = bias if bias is None else bias.to(dtype)
-    use_kernel = has_kernel(maps[0])
-    memory_format = torch.channels_last if use_kernel else torch.contiguous_format
-    with torch.autocast(device, enabled=False) if autocast else torch.no_grad():
-        full, kernel = (x.contiguous(memory_format=memory_format) for x in (maps[0], weights[0]))
-        out_BOHW = F.conv2d(full, kernel, bias, padding=1).contiguous(memory_format=memory_format)
-        if not use_kernel:
-            return _add_resized_products(out_BOHW, maps[1:], weights[1:], align_corners)
+    if has_kernel(maps[0]):
         from .resized_conv_triton import add_resized_products
 
-        add_resized_products(out_BOHW, maps[1:], weights[1:], align_corners)
-        return out_BOHW
+        memory_format = torch.channels_last
+    else:
+        add_resized_products, memory_format = _add_resized_products, torch.contiguous_format
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        full, kernel = (x.contiguous(memory_format=memory_format) for x in (maps[0], weights[0]))
+        out_BOHW = F.conv2d(full, kernel, bias, padding=1).contiguous(memory_format=memory_format)
+        return add_resized_products(out_BOHW, maps[1:], weights[1:], align_corners)
 
 
 def has_kernel(x: Tensor) -> bool:

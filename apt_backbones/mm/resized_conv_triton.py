@@ -14,21 +14,27 @@ from torch import Tensor
 COLUMNS, CHANNELS, ROWS = 8, 128, 4  # of a program: one 16-byte load per thread and row of products
 
 
-@torch.library.custom_op("apt_backbones::add_resized_products", mutates_args=("out_BOHW",))  # opaque to torch.compile
 def add_resized_products(
     out_BOHW: Tensor, maps: Sequence[Tensor], weights: Sequence[Tensor], align_corners: bool
-) -> None:
+) -> Tensor:
     """Add to ``out_BOHW`` (channels last), in place, the 3x3 convolutions of ``maps`` resized to its size."""
-    batch, channels, height, width = out_BOHW.shape
     products = []
     for x_BIhw, weight_OITT in zip(maps, weights):
-        weight_TTOI = weight_OITT.permute(2, 3, 0, 1).flatten(0, 2)
-        products.append(x_BIhw.flatten(2).mT @ weight_TTOI.mT)  # (B, h * w, 9 * O)
-    sizes = tuple(tuple(x.shape[2:]) for x in maps)
+        weight_IX = weight_OITT.permute(2, 3, 0, 1).flatten(0, 2).mT  # X: row tap, column tap, output channel
+        products.append((x_BIhw.flatten(2).mT @ weight_IX).unflatten(1, x_BIhw.shape[2:]))
+    _add_shifted(out_BOHW, products, align_corners)
+    return out_BOHW
+
+
+@torch.library.custom_op("apt_backbones::add_shifted", mutates_args=("out_BOHW",))  # opaque to torch.compile
+def _add_shifted(out_BOHW: Tensor, products_BhwX: Sequence[Tensor], align_corners: bool) -> None:
+    batch, channels, height, width = out_BOHW.shape
     block = min(CHANNELS, triton.next_power_of_2(channels))
     grid = (triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS) * batch, triton.cdiv(channels, block))
+    sizes = tuple(tuple(x.shape[1:3]) for x in products_BhwX)
+    products = tuple(x.contiguous() for x in products_BhwX)
     _add_kernel[grid](
-        out_BOHW, tuple(products), sizes, height, width, channels, ALIGN=align_corners, COLUMNS=COLUMNS, CHANNELS=block
+        out_BOHW, products, sizes, height, width, channels, ALIGN=align_corners, COLUMNS=COLUMNS, CHANNELS=block
     )
 
 
