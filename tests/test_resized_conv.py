@@ -84,11 +84,11 @@ def test_kernel_equals_the_plain_computation(tmp_path):
     """Triton's interpreter runs it on the CPU: in a process of its own, because triton decides that when imported."""
     cases, expected = [], []
     for dtype, sizes, batch, out_channels, align_corners in (
-        (torch.float32, [(4, 8), (2, 4)], 1, 130, False),  # exact ratio, two blocks of channels
-        (torch.float32, [(5, 9), (3, 4), (2, 2)], 2, 3, False),  # other ratios, incomplete blocks
-        (torch.float32, [(5, 6), (2, 3)], 1, 3, True),
-        (torch.float32, [(1, 1), (3, 2)], 1, 3, False),  # larger than the output
-        (torch.bfloat16, [(4, 8), (2, 4)], 1, 3, False),
+        (torch.float32, [(4, 9), (2, 4)], 1, 130, False),  # several blocks of columns and of channels
+        (torch.float32, [(5, 3), (3, 2), (2, 2)], 2, 3, False),  # several blocks of rows, images and maps
+        (torch.float32, [(2, 4), (1, 2)], 1, 3, True),
+        (torch.float32, [(2, 1), (3, 2)], 1, 3, True),  # larger than the output
+        (torch.bfloat16, [(2, 4), (1, 2)], 1, 3, False),
     ):
         maps, weight, bias = random_case(sizes, batch, out_channels)
         cases.append((dtype, (maps, weight, bias, align_corners)))

@@ -1,4 +1,4 @@
-"""UPerHead whose inference computes the same logits with a third of the arithmetic."""
+"""UPerHead whose inference computes the same logits with half of the arithmetic."""
 
 from typing import Literal
 
