@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTEST_ARGS ?=
 
-.PHONY: setup test test-slow lint format demo bench
+.PHONY: setup test test-slow lint format tables docs-check demo bench
 .DEFAULT_GOAL := test
 
 setup:
@@ -14,6 +14,10 @@ test: setup lint
 
 test-slow: setup
 	"$(VENV)/bin/python" -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+# The READMEs' results tables, from docs/results and docs/benchmarks.
+tables: setup
+	"$(VENV)/bin/python" tools/update_tables.py
 
 lint: setup
 	"$(VENV)/bin/ruff" check .
