@@ -89,7 +89,7 @@ def vqa() -> str:
         tokens = [f"{variant['tokens']:.1f}", f"{variant['content_tokens']:.1f}"]
         speed = sorted(variant["samples_per_second"])[len(variant["samples_per_second"]) // 2]
         rows.append([name, *accuracies, *tokens, f"{speed:.1f}", f"{vqa_speed(name):.2f}x"])
-    head = ["", *("all" if not kind else kind for kind in kinds), "tokens", "without padding", "samples/s", "to dense"]
+    head = ["", *(kind or "all" for kind in kinds), "tokens", "without padding", "samples/s", "to dense"]
     setup = measured["setup"]
     return (
         f"{table(head, rows)}\nAccuracies in percent, image tokens per image. Hardware: {setup['machine']}. "
