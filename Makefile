@@ -15,6 +15,10 @@ test: setup lint
 test-slow: setup
 	"$(VENV)/bin/python" -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
+# Every command of README.md and the other documents, small enough for a CPU (tools/docs_table.py).
+docs-check: setup
+	"$(VENV)/bin/python" tools/check_docs.py
+
 # The READMEs' results tables, from docs/results and docs/benchmarks.
 tables: setup
 	"$(VENV)/bin/python" tools/update_tables.py

@@ -1,12 +1,15 @@
-"""The README's results are those of the committed tables."""
+"""The documents' results are those of the committed tables."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import update_tables  # noqa: E402
 
 
 def readme_row(task):
@@ -23,6 +26,34 @@ def test_the_readme_quotes_the_committed_results(task, file, metric):
     expected = [by_title[title]["metrics"][metric] for title in titles]
     expected += [100 * after["content_kept"], after["images_per_second"] / dense["images_per_second"]]
     assert readme_row(task) == pytest.approx(expected, abs=0.051)
+
+
+@pytest.mark.parametrize("document", update_tables.DOCUMENTS)
+def test_tables_are_up_to_date(document):
+    text = (ROOT / document).read_text()
+    assert update_tables.MARKED.search(text), "has a table"
+    assert update_tables.updated(text) == text, "run make tables"
+
+
+@pytest.mark.parametrize("task", ["det", "seg"])
+def test_folders_have_a_row_with_every_figure_of_a_method(task):
+    text = (ROOT / f"{task}_configs/README.md").read_text()
+    for row in json.loads((ROOT / f"docs/results/photoshapes_{task}.json").read_text())["rows"]:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['title']} |")]
+        numbers = [float(number) for number in re.findall(r"(\d+\.\d+)", line)]
+        assert numbers[: len(row["metrics"])] == pytest.approx(list(row["metrics"].values()), abs=0.051)
+        assert 100 * row["content_kept"] == pytest.approx(numbers[len(row["metrics"])], abs=0.051)
+        assert numbers[-2] == pytest.approx(row["images_per_second"], abs=0.0051)
+
+
+def test_tables_change_with_the_results(tmp_path, monkeypatch):
+    measured = update_tables.results("seg")
+    measured["rows"][0]["metrics"]["mIoU"] = 12.34
+    monkeypatch.setattr(update_tables, "results", lambda task: measured)
+    text = update_tables.updated("a\n<!-- table: seg -->\nstale\n<!-- end of table -->\nb\n")
+    assert "12.3" in text and "stale" not in text and text.startswith("a\n") and text.endswith("\nb\n")
+    with pytest.raises(ValueError, match="no table is called 'x'"):
+        update_tables.text_of("x")
 
 
 def test_every_file_that_the_documents_link_to_exists():

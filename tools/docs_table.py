@@ -28,7 +28,7 @@ SUBSTITUTIONS = (
     ("accelerate launch --num_processes 8", "accelerate launch --cpu --num_processes 1"),
     ("--launcher pytorch --amp", "--launcher pytorch"),
     ("--device cuda --dtype bf16", "--device cpu --num-images 1 --rounds 1"),
-    # Iterations; SMALLER below changes the configurations accordingly.
+    # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
     # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.
@@ -58,12 +58,12 @@ SUBSTITUTIONS = (
     ("pretrained=llava-1.5-13b-apt", "pretrained=llava-1.5-7b-apt"),
     ("--tasks vqav2_val,gqa,scienceqa_img,textvqa_val,pope,mme,mmbench_en_dev,mmvet", "--tasks gqa"),
     ("--tasks gqa", "--tasks photoshapes_vqa --include_path llava_apt/eval_tasks --limit 2"),
+    ("--model_args pretrained=", "--model_args device=cpu,pretrained="),
     (
-        "python -m lmms_eval --model llava_apt --model_args ",
-        "python -m lmms_eval --model llava_apt --model_args device=cpu,",
+        "train_photoshapes_vqa.py data/photoshapes_vqa work_dirs/llava_dense",
+        "train_photoshapes_vqa.py data/photoshapes_vqa work_dirs/llava_dense --alignment-steps 1 --steps 1",
     ),
-    ("-m lmms_eval --model llava_apt     --model_args ", "-m lmms_eval --model llava_apt --model_args device=cpu,"),
-    ("data/photoshapes_vqa work_dirs/llava_dense", "data/photoshapes_vqa work_dirs/llava_dense --minutes 0.05"),
+    ("--limit 2000 --batch-size 32 --rounds 3", "--limit 4 --batch-size 2 --rounds 1 --speed-samples 2"),
     ("torch.randn(2, 3, 768, 1024)", "torch.randn(1, 3, 128, 128)"),
 )
 

@@ -1,0 +1,109 @@
+"""Commands in the documents name programs, options and files that exist. (make docs-check also runs them all.)"""
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import check_docs  # noqa: E402
+from docs_table import SUBSTITUTIONS  # noqa: E402
+
+DOCUMENTS = check_docs.documents()
+FENCED = [command for path in DOCUMENTS for command in check_docs.commands(path) if not command.is_python]
+INLINE = [command for path in DOCUMENTS for command in check_docs.inline_commands(path)]
+LAUNCHERS = {"python", "python3", "torchrun", "accelerate", ".venv/bin/python"}
+OTHERS = {"make", "export", ".venv/bin/pre-commit"}
+ELSEWHERE = {"-m pip", "-m pytest", "-m lmms_eval"}  # their options are not this project's
+OWN_FOLDERS = ("tools/", "det_configs/", "seg_configs/", "llava_apt/", "docs/", "tests/")
+
+
+@cache
+def options_of(program: str) -> set[str]:
+    """Options that a program's help lists, with "_" for "-"."""
+    printed, arguments = io.StringIO(), sys.argv
+    sys.argv = [program, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+            if program.startswith("-m "):
+                runpy.run_module(program[3:], run_name="__main__", alter_sys=False)
+            else:
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+    finally:
+        sys.argv = arguments
+    options = set(re.findall(r"--[\w-]+", printed.getvalue()))
+    if program == "-m llava_apt.finetune":
+        options |= {f"--{field.name}" for field in fields(TrainingArguments)}
+    return {option.replace("-", "_") for option in options}
+
+
+def ids(commands):
+    return [f"{command.document}: {command.text[:60]}" for command in commands]
+
+
+def test_commands_are_found():
+    assert len(FENCED) > 30 and len(INLINE) >= 1
+    assert {command.document for command in FENCED} >= {"README.md", "det_configs/README.md", "llava_apt/README.md"}
+
+
+def test_lines_that_go_on_are_joined_and_comments_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    (tmp_path / "x.md").write_text(
+        "```bash\n# why\na --b \\\n    c  # d\n```\n\n```\nno command\n```\n```python\nx = 1\n```\n"
+    )
+    assert check_docs.commands(tmp_path / "x.md") == [("x.md", "a --b c", False), ("x.md", "x = 1\n", True)]
+
+
+@pytest.mark.parametrize("command", FENCED + INLINE, ids=ids(FENCED + INLINE))
+def test_programs_options_and_files_exist(command):
+    first = next(word for word in shlex.split(command.text) if "=" not in word or word.startswith("-"))
+    assert first in LAUNCHERS | OTHERS or (ROOT / first).is_file(), f"{first} is not known"
+    if first == "make":
+        target = shlex.split(command.text)[1]
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no make {target}"
+    program, arguments = check_docs.program_of(command.text)
+    if program and program not in ELSEWHERE:
+        known = options_of(program)
+        for word in arguments:
+            if word.startswith("--"):
+                assert word.split("=")[0].replace("-", "_") in known, f"{program} has no {word}"
+    for word in shlex.split(command.text):
+        if word.startswith(OWN_FOLDERS) and "*" not in word and "--json" not in command.text:
+            assert (ROOT / word).exists(), f"there is no {word}"
+
+
+def test_every_substitution_is_needed():
+    """What no document says any more is taken off the table."""
+    programs = [command for path in DOCUMENTS for command in check_docs.commands(path) if command.is_python]
+    used = set()
+    for command in FENCED + programs:
+        text = command.text
+        for written, instead in SUBSTITUTIONS:
+            used |= {written} if written in text else set()
+            text = text.replace(written, instead)
+    assert [written for written, _ in SUBSTITUTIONS if written not in used] == []
+
+
+def test_a_command_that_fails_fails_the_check(tmp_path, capsys):
+    from rich.console import Console
+
+    commands = [
+        check_docs.Command("x.md", text) for text in ("true", "false --now", "python -c 'import sys; sys.exit(3)'")
+    ]
+    failed = check_docs.run_all(tmp_path, commands, Console(quiet=True))
+    assert failed == ["x.md: false --now", "x.md: python -c 'import sys; sys.exit(3)'"]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_documents_runs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_docs.py"])
+    check_docs.main()
