@@ -47,6 +47,7 @@ SUBSTITUTIONS = (
     ("--error-sample 100", "--error-sample 2"),
     # LLaVA: a random model of 2 layers, and PhotoShapes' questions instead of benchmarks to be downloaded.
     ("llava-hf/llava-1.5-7b-hf", "llava-tiny"),
+    ("benchmark.py llava-1.5-7b", "benchmark.py llava-tiny"),
     (
         "llava_v1_5_mix665k.json --image-folder images",
         "data/photoshapes/vqa_training.json --image-folder data/photoshapes",
