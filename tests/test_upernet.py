@@ -208,3 +208,10 @@ def test_the_benchmark_compares_both_kinds_of_inference(monkeypatch, capsys):
     assert (channels, size) == ("8", "32x32")  # patches of 4 pixels, and the finest map has two cells for each
     assert float(cheap) <= float(plain)
     assert float(error) < 1e-4
+
+
+def test_the_benchmark_refuses_what_has_no_such_head(monkeypatch):
+    tool = CONFIGS.parent / "tools/benchmark_head.py"
+    monkeypatch.setattr(sys, "argv", [str(tool), str(CONFIGS.parent / "det_configs/eva02_b_dense_1536.py")])
+    with pytest.raises(SystemExit, match="has no decode_head of type FastUPerHead; name another segmentation config"):
+        runpy.run_path(str(tool), run_name="__main__")

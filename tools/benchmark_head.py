@@ -14,6 +14,7 @@ import time
 import warnings
 
 import torch
+from cli import parser_of, run
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -27,7 +28,7 @@ METHODS = ("plain", "cheap")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("config", help="a segmentation config")
     parser.add_argument("--channels", type=int, nargs="+", help="widths of head and maps (default: the config's)")
     parser.add_argument("--img-size", type=int, nargs="+", help="pixels (default: the config's)")
@@ -59,7 +60,7 @@ def measure(model: dict, channels: int | None, side: int, args: argparse.Namespa
     head = MODELS.build(options).to(device, dtype).eval()
     cells = side // model["backbone"]["patch_size"]
     maps = [
-        torch.randn(args.batch_size, width, *[int(cells * scale)] * 2, device=device, dtype=dtype)
+        torch.randn(args.batch_size, width, *[max(1, int(cells * scale))] * 2, device=device, dtype=dtype)
         for width, scale in zip(head.in_channels, model["neck"]["rescales"])
     ]
     logits, gflops = {}, {}
@@ -86,6 +87,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="mmseg")  # about losses, which do not run here
     init_default_scope("mmseg")
     model = Config.fromfile(args.config, import_custom_modules=False).model
+    if model.get("decode_head", {}).get("type") != "FastUPerHead":
+        raise ValueError(f"{args.config} has no decode_head of type FastUPerHead; name another segmentation config")
     on_gpu = args.device.startswith("cuda")
     hardware = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
     print(f"`python {' '.join(sys.argv)}`")
@@ -98,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
