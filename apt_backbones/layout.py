@@ -115,8 +115,8 @@ class PatchLayout:
         count_BN = is_head_BHW.flatten(1)[:, order_N].flatten().cumsum(0).view(batch, -1)
         ends_BW = count_BN[:, ends_W]
 
-        heads_of_size = [is_head_BHW & (sides_BHW == size) for size in all_sizes]
-        size_counts_S = torch.stack([heads.sum() for heads in heads_of_size])
+        is_head_SBHW = (sides_BHW == _as_tensor(all_sizes, device)[:, None, None, None]) & is_head_BHW
+        size_counts_S = is_head_SBHW.flatten(1).sum(1)
         not_finite_B = (sides_BHW < 0).flatten(1).any(1)
         report = torch.cat([ends_BW.flatten(), size_counts_S, not_finite_B]).tolist()  # the one wait for the device
         ends, report = report[: ends_BW.numel()], report[ends_BW.numel() :]
@@ -149,18 +149,23 @@ class PatchLayout:
         elif num_empty:
             token_BHW.masked_fill_(sides_BHW == DROPPED, -1)
 
-        num_tokens = sum(image_lengths)
+        # Cells that head no token write to an extra slot: unlike a boolean index, this needs no wait.
+        num_tokens, num_patches = sum(image_lengths), sum(size_counts)
+        cell_T = torch.full((num_tokens + 1,), -1, device=device)
         slot_BHW = torch.where(is_head_BHW, index_BHW, num_tokens)
-
-        def per_token(value_BHW: Tensor, prefix_value: int) -> Tensor:
-            # Cells that head no token write to an extra slot: unlike a boolean index, this needs no wait.
-            slots = torch.full((num_tokens + 1,), prefix_value, device=device)
-            return slots.scatter_(0, slot_BHW.flatten(), value_BHW.expand(slot_BHW.shape).flatten())[:-1]
-
-        def indices(heads_BHW: Tensor, count: int) -> Tensor:
-            rank = torch.where(heads_BHW.flatten(), heads_BHW.flatten().cumsum(0) - 1, count)
-            slots = torch.empty(count + 1, dtype=torch.int64, device=device)
-            return slots.scatter_(0, rank, index_BHW.flatten())[:-1]
+        cell_T = cell_T.scatter_(0, slot_BHW.flatten(), torch.arange(slot_BHW.numel(), device=device))[:-1]
+        place_T = cell_T % (height * width)
+        row_T, column_T = place_T // width, place_T % width
+        side_T = sides_BHW.flatten()[cell_T]
+        if num_prefix:
+            is_prefix_T = cell_T < 0
+            row_T, column_T = row_T.masked_fill(is_prefix_T, -1), column_T.masked_fill(is_prefix_T, -1)
+            side_T = side_T.masked_fill(is_prefix_T, 0)
+        # All sizes' tokens, one size behind the other.
+        is_head_N = is_head_SBHW.flatten()
+        rank_N = torch.where(is_head_N, is_head_N.cumsum(0) - 1, num_patches)
+        tokens = torch.empty(num_patches + 1, dtype=torch.int64, device=device)
+        tokens = tokens.scatter_(0, rank_N, index_BHW.expand(is_head_SBHW.shape).flatten())[:-1]
 
         return cls(
             patch_size=patch_size,
@@ -168,14 +173,14 @@ class PatchLayout:
             window=window,
             num_prefix=num_prefix,
             image_T=torch.repeat_interleave(image_B, images.cu_seqlens.diff(), output_size=num_tokens),
-            row_T=per_token(row_H1, -1),
-            column_T=per_token(column_W, -1),
-            side_T=per_token(sides_BHW, 0),
+            row_T=row_T,
+            column_T=column_T,
+            side_T=side_T,
             token_BHW=token_BHW,
             num_empty=num_empty,
             images=images,
             windows=windows,
-            sizes={size: indices(*of_size) for size, *of_size in zip(all_sizes, heads_of_size, size_counts)},
+            sizes=dict(zip(all_sizes, tokens.split(size_counts))),
         )
 
     @classmethod
@@ -248,6 +253,12 @@ def _starts_and_end(ends: Tensor) -> Tensor:
 
 
 # What is kept must be usable in training, even if the first to ask for it was in inference mode.
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _as_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _window_order(height: int, width: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:

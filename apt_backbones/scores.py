@@ -6,6 +6,7 @@ side of the patch that covers each base cell. Both are pure tensor functions wit
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -46,7 +47,7 @@ def score_patches(images: Tensor, sizes: Sequence[int], scorer: str = "entropy")
     scores = {}
     for size, score in zip(sizes, SCORERS[scorer](images, sizes)):
         overhang = (0, -(-width // size) - score.shape[2], 0, -(-height // size) - score.shape[1])
-        score = F.pad(score, overhang, value=math.inf)
+        score = F.pad(score, overhang, value=math.inf) if any(overhang) else score
         scores[size] = score.masked_fill(not_finite_B[:, None, None], math.nan)
     return scores
 
@@ -165,13 +166,20 @@ def _entropy(images: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
         # log2(n) - sum(c log2 c) / n in float64, rounded once: the same float32 on every device, and exact
         # where the histogram is (four equally frequent grey values give exactly 2 bits).
         area = size * size
-        possible = torch.arange(area + 1, device=images.device, dtype=torch.float64)
-        count_log_count = torch.special.xlogy(possible, possible).div_(math.log(2))
-        entropy = math.log2(area) - count_log_count[counts].sum(-1) / area
+        entropy = math.log2(area) - _count_log_count(area, images.device)[counts].sum(-1) / area
         scores.append(entropy.clamp_(min=0).float())
         rows, columns = counts.shape[1] // 2, counts.shape[2] // 2
         counts = counts[:, : rows * 2, : columns * 2].unflatten(1, (rows, 2)).unflatten(3, (columns, 2)).sum((2, 4))
     return scores
+
+
+# What is kept must be usable in training, even if the first to ask for it was in inference mode.
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _count_log_count(area: int, device: torch.device) -> Tensor:
+    """c log2 c of every count that a patch of that many pixels can have (area + 1,), float64."""
+    count = torch.arange(area + 1, device=device, dtype=torch.float64)
+    return torch.special.xlogy(count, count).div_(math.log(2))
 
 
 def _histograms(images: Tensor, size: int) -> Tensor:
