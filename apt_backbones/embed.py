@@ -54,30 +54,49 @@ class AdaptivePatchEmbed(nn.Module):
         """
         cells_BDHW = proj(images)
         tokens_TD = layout.from_map(cells_BDHW)
+        if positions is not None:
+            positions_HWD = positions[0].permute(1, 2, 0)
+            positions_TD = positions_HWD[layout.row_T, layout.column_T]
+            if layout.num_prefix:
+                positions_TD = positions_TD.masked_fill((layout.side_T == 0)[:, None], 0)
+            tokens_TD = tokens_TD + positions_TD
         for size, index in layout.sizes.items():
-            if size != layout.patch_size:
-                merged = self._merged(images, cells_BDHW, layout, proj, size)
-                tokens_TD = tokens_TD.index_copy(0, index, merged.to(tokens_TD.dtype))
-        return tokens_TD if positions is None else tokens_TD + _positions(layout, positions)
+            if size == layout.patch_size:
+                continue
+            factor = size // layout.patch_size
+            image, row, column = layout.image_T[index], layout.row_T[index], layout.column_T[index]
+            at = (row // factor, column // factor)
+            merged = self._resized(images, image, *at, proj, size)
+            if self.merge == "apt":
+                merged = merged + self._detail(cells_BDHW, image, row, column, factor)
+            if positions is not None:
+                coarse = tuple(side // factor for side in positions_HWD.shape[:2])
+                covered = positions_HWD[: coarse[0] * factor, : coarse[1] * factor]
+                merged = merged + resample_positions(covered, coarse, antialias=True)[at]
+            tokens_TD = tokens_TD.index_copy(0, index, merged.to(tokens_TD.dtype))
+        return tokens_TD
 
-    def _merged(self, images: Tensor, cells_BDHW: Tensor, layout: PatchLayout, proj: nn.Conv2d, size: int) -> Tensor:
-        """(n, D) of all patches of one size. Nothing here depends on n: with n = 0 empty tensors flow through, so
-        that the new layers stay in the graph, as distributed training needs."""
-        factor = size // layout.patch_size
-        image, row, column = (x[layout.sizes[size]] for x in (layout.image_T, layout.row_T, layout.column_T))
+    # Nothing below depends on the number n of patches: with n = 0 empty tensors flow through, so that the new layers
+    # stay in the graph, as distributed training needs.
+
+    def _resized(
+        self, images: Tensor, image: Tensor, row: Tensor, column: Tensor, proj: nn.Conv2d, size: int
+    ) -> Tensor:
+        """E(resize(P)) (n, D) of all patches of one size; rows and columns count patches of that size."""
         height, width = (side // size for side in images.shape[2:])
         blocks = images[:, :, : height * size, : width * size].unflatten(2, (height, size)).unflatten(4, (width, size))
-        pixels = blocks[image, :, row // factor, :, column // factor]
+        pixels = blocks[image, :, row, :, column]
         pixels = F.interpolate(pixels, size=proj.kernel_size, mode="bilinear", align_corners=False)
-        merged = F.linear(pixels.flatten(1), proj.weight.flatten(1), proj.bias)
-        if self.merge == "apt":
-            step = torch.arange(factor, device=row.device)
-            rows, columns = row[:, None, None] + step[:, None], column[:, None, None] + step
-            detail = cells_BDHW.permute(0, 2, 3, 1)[image[:, None, None], rows, columns]
-            while detail.shape[1] > 1:
-                detail = self._conv_down(detail)
-            merged = merged + self.zero_mlp(detail[:, 0, 0])
-        return merged
+        return F.linear(pixels.flatten(1), proj.weight.flatten(1), proj.bias)
+
+    def _detail(self, cells_BDHW: Tensor, image: Tensor, row: Tensor, column: Tensor, factor: int) -> Tensor:
+        """ZeroMLP(ConvDown^i({E(sub-patch)})) (n, D) of patches of f x f cells; rows and columns count cells."""
+        step = torch.arange(factor, device=row.device)
+        rows, columns = row[:, None, None] + step[:, None], column[:, None, None] + step
+        detail = cells_BDHW.permute(0, 2, 3, 1)[image[:, None, None], rows, columns]
+        while detail.shape[1] > 1:
+            detail = self._conv_down(detail)
+        return self.zero_mlp(detail[:, 0, 0])
 
     def _conv_down(self, detail_nffD: Tensor) -> Tensor:
         """ConvDown (n, f, f, D) -> (n, f / 2, f / 2, D), as a matrix product: on a CPU several times faster."""
@@ -112,21 +131,3 @@ def drop_at_random(sides_BHW: Tensor, patch_size: int) -> Tensor:
 def _drop_order(height: int, width: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(height * width, generator=generator).view(height, width).to(device)
-
-
-def _positions(layout: PatchLayout, positions: Tensor) -> Tensor:
-    """Every token's absolute position (T, D); zeros for prefix tokens."""
-    positions_HWD = positions[0].permute(1, 2, 0)
-    out_TD = positions_HWD[layout.row_T, layout.column_T]
-    if layout.num_prefix:
-        out_TD = out_TD.masked_fill((layout.side_T == 0)[:, None], 0)
-    for size, index in layout.sizes.items():
-        if size == layout.patch_size:
-            continue
-        factor = size // layout.patch_size
-        height, width = (side // factor for side in positions_HWD.shape[:2])
-        covered = positions_HWD[: height * factor, : width * factor]
-        coarse_HWD = resample_positions(covered, (height, width), antialias=True)
-        at_tokens = coarse_HWD[layout.row_T[index] // factor, layout.column_T[index] // factor]
-        out_TD = out_TD.index_copy(0, index, at_tokens)
-    return out_TD
