@@ -1,6 +1,6 @@
 """Adaptive Patch Transformers (arXiv 2510.18091) for dense prediction and vision-language models.
 
-Reading order: scores, layout, embed, attention, rotary, eva02. ``apt_backbones.mm`` registers the parts with the
+Reading order: scores, layout, embed, attention, rotary, block, eva02. ``apt_backbones.mm`` registers the parts with the
 OpenMMLab toolboxes; nothing here needs them.
 """
 
