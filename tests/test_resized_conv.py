@@ -153,6 +153,17 @@ def test_gpu_without_triton_equals_the_kernel(monkeypatch):
     assert relative_error(kernel, conv3x3_of_resized(maps, weight, bias)) < 1e-5
 
 
+@pytest.mark.gpu
+def test_gpu_is_not_waited_for():
+    maps, weight, bias = random_case([(32, 32), (16, 16), (8, 8)], out_channels=64, device="cuda")
+    conv3x3_of_resized(maps, weight, bias)  # compiles the kernel
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        conv3x3_of_resized(maps, weight, bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def flops(function) -> float:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

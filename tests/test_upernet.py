@@ -93,6 +93,16 @@ def test_head_at_odd_sizes_reads_the_maps_that_are_selected():
         assert relative_error(cheap(inputs), reference(inputs)) < 1e-4
 
 
+@pytest.mark.gpu
+def test_head_on_a_gpu_equals_mmsegs(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    inputs = pyramid(127, 95, batch=2)
+    with torch.no_grad():
+        expected = head("UPerHead")(inputs)
+        logits = head().cuda()([x.cuda() for x in inputs])
+    assert relative_error(logits.cpu(), expected) < 1e-4
+
+
 @pytest.mark.parametrize(
     "inference, gradients, training, expected",
     [("cheap", False, False, 1), ("plain", False, False, 0), ("cheap", True, False, 0), ("cheap", False, True, 0)],
