@@ -104,11 +104,18 @@ def _for_kernel(x_TNH: Tensor) -> Tensor:
     return x_TNH.clone(memory_format=torch.contiguous_format)
 
 
-def _sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+@lru_cache(maxsize=16)
+def _by_length(lengths: tuple[int, ...]) -> dict[int, list[int]]:
+    """Length -> the segments that have it, without empty ones. Kept, because all blocks of a batch ask the same."""
     segments_of_length = defaultdict(list)
     for segment, length in enumerate(lengths):
         if length:
             segments_of_length[length].append(segment)
+    return dict(segments_of_length)
+
+
+def _sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    segments_of_length = _by_length(lengths)
     if len(segments_of_length) == 1:  # equal lengths (the dense model) and single images: views, no copies
         length = next(iter(segments_of_length))
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TNH, k_TNH, v_TNH))

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from apt_backbones import freeze_host
 from apt_backbones.joined import JoinedLinears
+from tests.golden import relative_error
 from tests.test_eva02 import WINDOWS, pictures, tiny
 
 THRESHOLDS = {32: 6.0, 64: 5.0}
@@ -229,4 +230,18 @@ def test_blocks_compiled_to_machine_code_equal_eager_ones():
     for shape in IMAGES:
         images = pictures(*shape)
         torch.testing.assert_close(fast(images)[0], model(images)[0], atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.gpu
+def test_blocks_compiled_for_a_gpu_equal_eager_ones():
+    model = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS)).cuda().bfloat16()
+    torch._dynamo.reset()
+    counters.clear()
+    fast = copy.deepcopy(model).compile_blocks()
+    with torch.no_grad():
+        for shape in IMAGES:
+            images = pictures(*shape).cuda()
+            expected = model(images)[0].float()
+            assert relative_error(fast(images)[0].float(), expected) < 0.02
     assert counters["stats"]["unique_graphs"] == 2
