@@ -103,6 +103,14 @@ def test_a_command_that_fails_fails_the_check(tmp_path, capsys):
     assert failed == ["x.md: false --now", "x.md: python -c 'import sys; sys.exit(3)'"]
 
 
+RESULTS = {"photoshapes_results.py", "photoshapes_vqa_results.py", "train_photoshapes_vqa.py"}  # the READMEs show how
+
+
+@pytest.mark.parametrize("tool", [path for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()])
+def test_every_tool_has_help_with_examples(tool):
+    assert "\nexamples:\n" in tool.read_text() or "example:" in tool.read_text() or tool.name in RESULTS
+
+
 @pytest.mark.slow
 def test_every_command_of_the_documents_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["check_docs.py"])

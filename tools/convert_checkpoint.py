@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Convert an original EVA-02 checkpoint: ``tools/convert_checkpoint.py {eva02-det,eva02-seg} SRC DST``.
+"""Convert an original EVA-02 checkpoint to this project's names.
 
-    tools/convert_checkpoint.py eva02-det eva02_L_coco_sys.pth checkpoints/eva02_l_det_1536.safetensors
+examples:
+  python tools/convert_checkpoint.py eva02-det eva02_L_coco_sys.pth checkpoints/eva02_l_det_1536.safetensors
+  python tools/convert_checkpoint.py eva02-seg eva02_L_ade_seg_upernet_sz512.pth checkpoints/eva02_l_seg_512.pth
 
 SRC is read without executing anything in it and without loading it whole; DST (.safetensors, or .pth in mmengine's
 form) appears only when complete. Every entry of SRC is used or listed as dropped.
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from cli import parser_of
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +26,7 @@ KINDS = {"eva02-det": "det", "eva02-seg": "seg"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("kind", choices=KINDS, help="what SRC was trained for")
     parser.add_argument("source", metavar="SRC", type=Path, help="original checkpoint (.pth, .pt or .safetensors)")
     parser.add_argument("target", metavar="DST", type=Path, help="file to write (.safetensors or .pth)")
