@@ -67,6 +67,9 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
     thresholds = _thresholds(args, images, own, arguments.get("patch_size", 16), arguments.get("scorer", "entropy"))
     modes = args.modes or [mode for mode in MODES if not (is_segmenter and mode.endswith("-rect"))]
     cases = make_cases(arguments, modes, thresholds, args.padding, args.device)
+    if args.compile:
+        for case in cases:
+            case.model.compile_blocks()
     first = core(cases[0].model)
     normalisation = first.normalisation_bits.cpu().view(torch.float32)
     batches = [make_batch(image, normalisation, first.patch_size, side, args.batch_size) for image in images]

@@ -1,8 +1,11 @@
 """The dense baseline of the benchmarks: EVA-02 as it is ordinarily run, on maps, with windows cut out and put back.
 
 It is meant to be as fast as such an implementation can be: batched scaled_dot_product_attention, positions and
-rotary tables computed once per image size, the same fast rotation as the packed model.
+rotary tables computed once per image size, the same fast rotation as the packed model, and like there one product for
+q, k and v and one for SwiGLU while they are frozen.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ class OrdinaryEva02(nn.Module):
         super().__init__()
         if model.thresholds or model.padding != "coarsest":
             raise ValueError("the ordinary implementation is dense: give it a model without thresholds")
-        self.model, self.patch_size = model, model.patch_size
+        self.model, self.patch_size, self.run_block = model, model.patch_size, run_block
         self._constants: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -31,18 +34,19 @@ class OrdinaryEva02(nn.Module):
         _, image_rope, window_rope = self._constants_of(height, width, images.device)
         maps = {}
         for index, block in enumerate(model.blocks):
-            normed = block.norm1(x)
-            if model.window_size is None or index in model.global_blocks:
-                attended = _attention(block.attn, normed, image_rope)
-            else:
-                windows, padded = _partition(normed.unflatten(1, (height, width)), model.window_size)
-                attended = _attention(block.attn, windows, window_rope)
-                attended = _unpartition(attended, model.window_size, padded, (height, width)).flatten(1, 2)
-            x = x + attended
-            x = x + block.mlp(block.norm2(x))
+            window, rope = model.window_size, window_rope
+            if window is None or index in model.global_blocks:
+                window, rope = None, image_rope
+            rope = torch.view_as_real(rope) if self.run_block is not run_block else rope
+            x = self.run_block(block, x, rope, window, (height, width), *_joined(block))
             if index in model.out_indices:
                 maps[index] = self._to_map(x, height, width)
         return tuple(maps[index] for index in model.out_indices)
+
+    def compile_blocks(self, **options) -> "OrdinaryEva02":
+        """Compile whole blocks, attention included, for each size of images and windows; as ``APTEva02``'s."""
+        self.run_block = torch.compile(run_block, dynamic=False, **options)
+        return self
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, N, D), a CLS token first where the model has one, and the grid."""
@@ -77,10 +81,44 @@ class OrdinaryEva02(nn.Module):
         return self._constants[height, width]
 
 
-def _attention(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
-    q, k, v = (proj(x).unflatten(-1, (attn.num_heads, -1)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    rope: Tensor,
+    window: int | None,
+    grid: tuple[int, int],
+    joint_qkv: tuple[Tensor, Tensor] | None,
+    joint_gate: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """One block on tokens (B, N, D), of a grid of cells where it has windows.
+
+    Args:
+        rope: rotations of one image's or one window's tokens.
+        joint_qkv, joint_gate: weight and bias of the layers side by side, or None to run them one by one.
+    """
+    attn, mlp, normed = block.attn, block.mlp, block.norm1(x)
+    if window is not None:
+        normed, padded = _partition(normed.unflatten(1, grid), window)
+    q, k, v = (
+        part.unflatten(-1, (attn.num_heads, -1))
+        for part in _linear(normed, (attn.q_proj, attn.k_proj, attn.v_proj), joint_qkv)
+    )
     q, k, v = (part.transpose(1, 2) for part in (apply_rotary(q, rope), apply_rotary(k, rope), v))
-    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    attended = attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    if window is not None:
+        attended = _unpartition(attended, window, padded, grid).flatten(1, 2)
+    x = x + attended
+    gate, hidden = _linear(block.norm2(x), (mlp.fc1_g, mlp.fc1_x), joint_gate)
+    return x + mlp.fc2(mlp.norm(mlp.act(gate) * hidden))
+
+
+def _joined(block: nn.Module) -> tuple:
+    attn, mlp = block.attn, block.mlp
+    return block._qkv.of((attn.q_proj, attn.k_proj, attn.v_proj)), block._fc1.of((mlp.fc1_g, mlp.fc1_x))
+
+
+def _linear(x: Tensor, layers: Sequence[nn.Linear], joint: tuple[Tensor, Tensor] | None) -> Sequence[Tensor]:
+    return [layer(x) for layer in layers] if joint is None else F.linear(x, *joint).chunk(len(layers), dim=-1)
 
 
 def _partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
