@@ -282,6 +282,47 @@ def test_the_one_hot_scorer_computes_the_same_entropies():
     assert math.isclose(float(flat), 0, abs_tol=1e-6)
 
 
+# Compilers and GPUs
+
+
+@pytest.mark.slow
+def test_compiled_models_are_checked_and_timed_like_others(folder, monkeypatch):
+    from tests.llava_tiny import stock_config
+
+    stock_config().save_pretrained(folder / "llava")
+    modes = ["--modes", "dense,packed,apt", "--compile"]
+    assert len(run(monkeypatch, folder, *modes)["results"][0]["rows"]) == 3
+    assert len(run(monkeypatch, folder, *modes, model=folder / "llava")["results"]) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [["--stages"], ["--compile"], ["--train-step"], ["--keep", 1.0, 0.5, "--img-sizes", 64, 128]], ids=str
+)
+def test_on_a_gpu_trunks_are_checked_and_timed(folder, monkeypatch, options):
+    options = ["--device", "cuda", "--dtype", "bf16", "--batch-size", 2, *options]
+    for result in run(monkeypatch, folder, *options)["results"]:
+        assert all(row["peak_gb"] > 0 and row["ms"] > 0 for row in result["rows"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [["--stages"], ["--compile"]], ids=str)
+def test_on_a_gpu_llava_is_checked_and_timed(folder, monkeypatch, options):
+    from tests.llava_tiny import stock_config
+
+    stock_config().save_pretrained(folder / "llava")
+    options = ["--device", "cuda", "--dtype", "bf16", "--batch-size", 2, *options]
+    assert len(run(monkeypatch, folder, *options, model=folder / "llava")["results"]) == 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_scorers_are_checked_and_timed(folder, monkeypatch):
+    command = ["benchmark.py", "--scorers", "--device", "cuda", "--img-sizes", "256", "--rounds", "1"]
+    command += ["--images", str(folder / "half.png")]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+
+
 # Machines without the OpenMMLab toolboxes
 
 BARE = """

@@ -68,6 +68,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.configs) == args.scorers:
         parser.error("name configurations, or none with --scorers")
+    if args.blocks and args.whole:
+        parser.error("--blocks is for trunks alone")
     modes = args.modes.split(",") if args.modes else []
     heads = args.heads.split(",") if args.heads else []
     if unknown := set(modes) - set(MODES):

@@ -78,10 +78,11 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
         host = build_host(cfg, args.heads, *options)
     else:
         host = TrainingStep(*options) if args.train_step else Trunk(*options)
+    compiled = ", compiled" if args.compile else ""
     blocks = f" (blocks 1-{args.blocks} of {depth})" if args.blocks else ""
     facts = {
         "config": path,
-        "title": f"{Path(path).stem}{blocks}: {side} px, batch {args.batch_size}, {args.dtype}",
+        "title": f"{Path(path).stem}{blocks}: {side} px, batch {args.batch_size}, {args.dtype}{compiled}",
         "img_size": side,
         "thresholds": thresholds,
         "padding": args.padding,
@@ -104,9 +105,10 @@ def _llava(name: str, args: argparse.Namespace) -> tuple[Host, dict]:
     batches = [make_batch(image, llava.NORMALISATION, patch_size, side, args.batch_size) for image in images]
     modes = args.modes or [mode for mode in MODES if not mode.endswith("-rect")]
     host = llava.Llava(config, modes, thresholds, batches, args.device, DTYPES[args.dtype], args.compile)
+    compiled = ", decoding compiled" if args.compile else ""
     facts = {
         "config": name,
-        "title": f"{Path(name).name}: batch {args.batch_size}, {args.dtype}",
+        "title": f"{Path(name).name}: batch {args.batch_size}, {args.dtype}{compiled}",
         "img_size": side,
         "thresholds": thresholds,
         "compiled": args.compile,

@@ -16,11 +16,15 @@ Parts = Mapping[str, Sequence[tuple[object, str]]]  # stage -> (object, name of 
 
 
 class Laps:
-    """Seconds since it was made, under the names it is called with; it waits for the device each time."""
+    """Seconds since its latest start, under the names it is called with; it waits for the device each time."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
-        self.start = now(device)
+        self.restart()
+
+    def restart(self) -> None:
+        """What was done before is preparation, and not timed."""
+        self.start = now(self.device)
 
     def __call__(self, name: str) -> None:
         self.seconds[name] = now(self.device) - self.start

@@ -81,7 +81,7 @@ class Segmenter(Trunk):
         if heads:
             cases = [replace(case, name=f"{case.name} ({head} head)", head=head) for case in cases for head in heads]
         super().__init__(cases, *args)
-        self.model = in_precision(model, self.device, self.dtype)
+        self.model = model.eval().requires_grad_(False).to(self.device, self.dtype)
 
     def _use(self, case: Case) -> None:
         self.model.backbone = case.model
@@ -182,8 +182,8 @@ def random_boxes(count: int) -> Tensor:
 
 
 def in_precision(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Make a module compute in a precision, between any float inputs and float32 outputs: what mm's heads do between
-    their modules (anchors, boxes, RoIAlign) needs float32."""
+    """Make a module compute in a precision, from any float inputs to float32 outputs: what a detector does between its
+    modules (anchors, boxes, RoIAlign) needs float32."""
     module.eval().requires_grad_(False).to(device, dtype)
     forward = module.forward
 

@@ -90,7 +90,9 @@ class Llava:
             else:
                 self.cases += [Case(f"{mode} {label}", self._apt(limits, mode)) for label, limits in thresholds.items()]
         # Compiled for a GPU it is one CUDA graph per token.
-        self.decode = torch.compile(self._decode, mode="reduce-overhead") if compile_decoding else self._decode
+        self.decode = (
+            torch.compile(self._decode, mode="reduce-overhead", dynamic=False) if compile_decoding else self._decode
+        )
         self.cells = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         vocabulary, placeholder = config.text_config.vocab_size, config.image_token_id
         text = torch.randint(vocabulary, (TEXT_BEFORE + TEXT_AFTER,), device=device)
@@ -113,15 +115,17 @@ class Llava:
         model.model.language_model, model.lm_head = self.stock.model.language_model, self.stock.lm_head
         return model.eval().requires_grad_(False)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, case: Case, batch: Batch, lap: Laps) -> None:
+        cache = self._empty_cache(case)
+        lap.restart()
         features = self.see(case, batch)
         lap("vision tower")
-        cache = self._empty_cache(case)
         token = self.prefill(case, batch, features, cache)
         lap("first token")
         for _ in range(NEW_TOKENS - 1):
-            token = self.decode(token, cache)
+            torch.compiler.cudagraph_mark_step_begin()  # a compiled step's result is overwritten by the next
+            token = self.decode(token, cache).clone()
         lap(DECODE)
         lap.seconds[DECODE] -= lap.seconds["first token"]
         lap(ANSWER)
@@ -183,7 +187,7 @@ class Llava:
             **parts,
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def describe(self) -> None:
         """Fill in what is not timed; raises AssertionError if a case does not compute what it claims."""
         logits = {}

@@ -33,23 +33,23 @@ class Host(Protocol):
 
 
 def measure(host: Host, rounds: int, stages: bool) -> None:
-    """Fill in the figures of all cases: every case runs on every batch in every round; the first round warms up.
+    """Fill in the figures of all cases: every case runs on every batch in every round.
 
-    Stages (half as many rounds) and memory are measured in runs of their own, because watching slows a run down.
+    Memory is measured while warming up, and stages in half as many runs of their own: watching slows a run down.
     """
     host.describe()
-    for number in _progress(range(rounds + 1), "timing"):
+    for batch in host.batches:  # warms up
         for case in host.cases:
-            if number <= 1:
-                case.seconds = {name: [] for name in host.measures}
-            for seconds in case.seconds.values():
-                seconds.append([])
+            peak = peak_bytes(lambda: _timed(host, case, batch), host.device)  # noqa: B023
+            case.peak_bytes = max(case.peak_bytes, peak)
+    for _ in _progress(range(rounds), "timing"):
+        for case in host.cases:
+            for name in host.measures:
+                case.seconds.setdefault(name, []).append([])
         for batch in host.batches:
             for case in host.cases:
                 for name, seconds in _timed(host, case, batch).items():
                     case.seconds[name][-1].append(seconds)
-    for case in host.cases:
-        case.peak_bytes = peak_bytes(lambda: _timed(host, case, host.batches[0]), host.device)  # noqa: B023
     for _ in _progress(range((rounds + 1) // 2 if stages else 0), "stages"):
         for batch in host.batches:
             for case in host.cases:
