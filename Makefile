@@ -40,7 +40,7 @@ demo: setup data/photoshapes
 data/photoshapes:
 	"$(VENV)/bin/python" tools/make_photoshapes.py $@
 
-# Speed on this machine: about 25 minutes on two cores, under 10 on an H200. BENCH_ARGS: see tools/bench_all.py --help.
+# Speed on this machine: about 20 minutes on two cores, under 10 on an H200. BENCH_ARGS: see tools/bench_all.py --help.
 BENCH_ARGS ?=
 bench: setup
 	"$(VENV)/bin/python" tools/bench_all.py $(BENCH_ARGS)

@@ -173,13 +173,20 @@ def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, m
 
 
 @pytest.mark.parametrize(
-    "owner, method", [(OrdinaryEva02, "_to_map"), (PatchLayout, "to_map")], ids=["dense", "adaptive"]
+    "owner, options, message",
+    [
+        (OrdinaryEva02, ["--modes", "dense,packed"], "packed and dense differ"),
+        (PatchLayout, ["--modes", "dense,packed"], "packed and dense differ"),
+        (PatchLayout, ["--modes", "dense,apt", "--keep", 1, "--aspect", "1:1"], "apt 1 and dense differ"),
+    ],
+    ids=["dense", "packed", "adaptive without merging"],
 )
-def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, method):
+def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, message):
+    method = "_to_map" if owner is OrdinaryEva02 else "to_map"
     right = getattr(owner, method)
     monkeypatch.setattr(owner, method, lambda *args: right(*args) * 1.01)
-    with pytest.raises(AssertionError, match="packed and dense differ"):
-        run(monkeypatch, folder)
+    with pytest.raises(AssertionError, match=message):
+        run(monkeypatch, folder, *options)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +196,7 @@ def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, method):
         (["--keep", 0.0], "above 0"),
         (["--heads", "cheap,free"], "unknown heads free"),
         (["--images", "nowhere.png"], "nowhere.png"),
+        (["--img-sizes", 96], "no multiple of the attention window's, 64"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, message):
@@ -252,6 +260,7 @@ def test_arithmetic_of_the_blocks_is_what_pytorch_counts(options):
     dense, packed = (case.model for case in make_cases(arguments, ("dense", "packed"), {}, "drop"))
     images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
+        dense(images)  # resamples positions, once
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             dense(images)
         with FlopCounterMode(display=False) as embedding:
@@ -368,30 +377,32 @@ def test_without_mmcv_trunks_llava_and_the_gpu_tests_run(folder):
 # Everything at once
 
 
-@pytest.fixture
-def bench_all(monkeypatch, folder):
-    def run(*parts):
-        monkeypatch.setattr(all_parts, "CPU_PARTS", parts)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        command = ["bench_all.py", "--out", folder / "out", "--images", folder / "half.png"]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        with pytest.raises(SystemExit) as stop:
-            all_parts.main()
-        return stop.value.code, (folder / "out" / "summary.md").read_text()
+STUB = """
+import shutil, sys, time
 
-    return run
+if "slow" in sys.argv:
+    time.sleep(600)
+if "wrong" in sys.argv:
+    sys.exit("error: no file nowhere.py")
+shutil.copy("{report}", sys.argv[sys.argv.index("--json") + 1])
+"""
 
 
-def test_a_part_that_fails_is_reported_and_does_not_stop_the_others(bench_all, folder, capsys):
-    tiny = "--modes dense,apt --rounds 1 --device cpu"
-    slow = all_parts.Part("slow", f"{folder / 'config.py'} {tiny}", minutes=0.001)
-    wrong = all_parts.Part("wrong", f"nowhere.py {tiny}", minutes=1)
-    right = all_parts.Part("right", f"{folder / 'config.py'} {tiny}", minutes=5)
-    status, summary = bench_all(slow, wrong, right)
-    assert status == 1 and "| right |" in summary and "apt 0.7" in summary and "| wrong |" not in summary
+def test_a_part_that_fails_is_reported_and_does_not_stop_the_others(folder, monkeypatch, capsys):
+    run(monkeypatch, folder, "--modes", "dense,apt")
+    (folder / "stub.py").write_text(STUB.format(report=folder / "b.json"))
+    monkeypatch.setattr(all_parts, "TOOL", folder / "stub.py")
+    parts = (all_parts.Part("slow", "slow", 0.02), all_parts.Part("wrong", "wrong", 5), all_parts.Part("right", "x", 5))
+    monkeypatch.setattr(all_parts, "CPU_PARTS", parts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_all.py", "--out", str(folder / "out")])
+    with pytest.raises(SystemExit) as stop:
+        all_parts.main()
     printed = " ".join(capsys.readouterr().out.split())
-    assert "slow failed: stopped after 0.001 minutes" in printed and "wrong failed: error" in printed
-    assert {path.name for path in (folder / "out").glob("right.*")} == {"right.json", "right.png", "right.log"}
+    assert stop.value.code == 1
+    assert "slow failed: stopped after 0.02 minutes" in printed and "wrong failed: error: no file nowhere.py" in printed
+    summary = (folder / "out" / "summary.md").read_text()
+    assert "apt 0.7" in summary and "x dense" in summary and "| wrong |" not in summary
 
 
 @pytest.mark.parametrize("part", [*all_parts.CPU_PARTS, *all_parts.GPU_PARTS], ids=lambda part: part.name)

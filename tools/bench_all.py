@@ -6,7 +6,7 @@ examples:
   python tools/bench_all.py --list
   python tools/bench_all.py --out my_benchmarks --images photos/
 
-Without a GPU: trunks, a segmenter with both heads, a small LLaVA, a training step and scoring, about 25 minutes on two
+Without a GPU: trunks, a segmenter with both heads, a small LLaVA, a training step and scoring, about 20 minutes on two
 cores. With one, in bfloat16: whole models, trunks, LLaVA-1.5-7B, a training step and how cost grows, under 10 minutes
 on an H200. Every part is a run of tools/benchmark.py in a process of its own with its own time limit: one that fails is
 reported and does not stop the others, and what is finished is on disk. Parts that need mmcv's operators fail where they
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools/benchmark.py"
 DET_B, DET_L = (f"det_configs/eva02_{size}_apt_1536.py" for size in "bl")
 SEG_B, SEG_L = (f"seg_configs/eva02_{size}_apt_512.py" for size in "bl")
 
@@ -88,7 +89,7 @@ def run(part: Part, folder: Path, common: list[str]) -> str | None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     options = dict(cwd=ROOT, env=environment, timeout=60 * part.minutes)
     files = ["--json", str(folder / f"{part.name}.json"), "--plot", str(folder / f"{part.name}.png")]
-    command = [sys.executable, "tools/benchmark.py", *shlex.split(part.arguments), *common, *files]
+    command = [sys.executable, str(TOOL), *shlex.split(part.arguments), *common, *files]
     log = folder / f"{part.name}.log"
     with log.open("w") as output:
         try:

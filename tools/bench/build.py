@@ -56,6 +56,10 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
     if not arguments.get("thresholds"):
         raise ValueError(f"{path} has no thresholds; name an adaptive configuration")
     side = arguments["img_size"] = side or arguments["img_size"]
+    patch_size = arguments.get("patch_size", 16)
+    window = patch_size * (arguments.get("window_size") or 1)
+    if side % window:  # dense windows would be filled up, packed ones cut: not the same network
+        raise ValueError(f"a side of {side} pixels is no multiple of the attention window's, {window}")
     depth = arguments.get("depth", 12)
     if args.blocks:
         arguments.update(depth=args.blocks, out_indices=(-1,))
@@ -64,7 +68,7 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
     is_segmenter = "decode_head" in cfg.model
     images = _images(args, side, 1.0 if is_segmenter else None)  # a segmenter's crops are square
     own = {int(size): value for size, value in arguments["thresholds"].items()}
-    thresholds = _thresholds(args, images, own, arguments.get("patch_size", 16), arguments.get("scorer", "entropy"))
+    thresholds = _thresholds(args, images, own, patch_size, arguments.get("scorer", "entropy"))
     modes = args.modes or [mode for mode in MODES if not (is_segmenter and mode.endswith("-rect"))]
     cases = make_cases(arguments, modes, thresholds, args.padding, args.device)
     if args.compile:

@@ -45,6 +45,7 @@ class OrdinaryEva02(nn.Module):
 
     def compile_blocks(self, **options) -> "OrdinaryEva02":
         """Compile whole blocks, attention included, for each size of images and windows; as ``APTEva02``'s."""
+        torch._dynamo.config.recompile_limit = 64  # or else the ninth size would silently run uncompiled
         self.run_block = torch.compile(run_block, dynamic=False, **options)
         return self
 
