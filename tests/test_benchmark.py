@@ -153,18 +153,15 @@ def test_whole_segmenters_run_with_both_heads(folder, monkeypatch):
 
 
 def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, monkeypatch):
-    from tests.llava_tiny import CELLS, stock_config
-
-    stock_config().save_pretrained(folder / "llava")
     options = ["--stages", "--keep", 0.7, "--batch-size", 2]
-    results = run(monkeypatch, folder, *options, model=folder / "llava")["results"]
+    results = run(monkeypatch, folder, *options, model="llava-tiny")["results"]
     names = ["vision tower", "first token", "decoding 7 more tokens", "answer of 8 tokens"]
     assert [result["title"].split(", ")[-1] for result in results] == names
     for result in results:
         rows = rows_of(result)
         assert list(rows) == ["dense", "packed", "random 0.7", "resizing 0.7", "apt 0.7"]
-        assert rows["packed"]["tokens_per_image"] == CELLS
-        assert rows["apt 0.7"]["tokens_per_image"] <= 0.7 * CELLS
+        assert rows["packed"]["tokens_per_image"] == 64  # 112 x 112 pixels in patches of 14
+        assert rows["apt 0.7"]["tokens_per_image"] <= 0.7 * 64
     assert {"score", "layout", "embed", "trunk", "projector", "LLM prefill", "LLM decode"} <= rows["apt 0.7"][
         "stages_ms"
     ].keys()
@@ -296,12 +293,9 @@ def test_the_one_hot_scorer_computes_the_same_entropies():
 
 @pytest.mark.slow
 def test_compiled_models_are_checked_and_timed_like_others(folder, monkeypatch):
-    from tests.llava_tiny import stock_config
-
-    stock_config().save_pretrained(folder / "llava")
     modes = ["--modes", "dense,packed,apt", "--compile"]
     assert len(run(monkeypatch, folder, *modes)["results"][0]["rows"]) == 3
-    assert len(run(monkeypatch, folder, *modes, model=folder / "llava")["results"]) == 4
+    assert len(run(monkeypatch, folder, *modes, model="llava-tiny")["results"]) == 4
 
 
 @pytest.mark.gpu
@@ -317,11 +311,8 @@ def test_on_a_gpu_trunks_are_checked_and_timed(folder, monkeypatch, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [["--stages"], ["--compile"]], ids=str)
 def test_on_a_gpu_llava_is_checked_and_timed(folder, monkeypatch, options):
-    from tests.llava_tiny import stock_config
-
-    stock_config().save_pretrained(folder / "llava")
     options = ["--device", "cuda", "--dtype", "bf16", "--batch-size", 2, *options]
-    assert len(run(monkeypatch, folder, *options, model=folder / "llava")["results"]) == 4
+    assert len(run(monkeypatch, folder, *options, model="llava-tiny")["results"]) == 4
 
 
 @pytest.mark.gpu

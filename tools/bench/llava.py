@@ -19,19 +19,22 @@ from .images import Batch
 TEXT_BEFORE, TEXT_AFTER = 35, 25  # tokens of LLaVA-1.5's system prompt, and of a question
 NEW_TOKENS = 8
 DECODE, ANSWER = f"decoding {NEW_TOKENS - 1} more tokens", f"answer of {NEW_TOKENS} tokens"
+
+
+def _sizes(width: int, hidden: int, layers: int, heads: int) -> dict:
+    return dict(hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads)
+
+
 _LLAMA = dict(model_type="llama", vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
-_SMALL_TOWER = dict(model_type="clip_vision_model", image_size=336, patch_size=14, hidden_size=384)
+_CLIP = dict(model_type="clip_vision_model", image_size=336, patch_size=14)
 SHAPES = {
     "llava-1.5-7b": dict(text_config=_LLAMA),
-    "llava-1.5-13b": dict(
-        text_config=dict(
-            _LLAMA, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
-        )
-    ),
-    # A LLaVA for CPUs: a tower of ViT-S's width and a language model of 110 million parameters.
-    "llava-small": dict(
-        vision_config=dict(_SMALL_TOWER, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6),
-        text_config=dict(_LLAMA, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16),
+    "llava-1.5-13b": dict(text_config=_LLAMA | _sizes(5120, 13824, 40, 40)),
+    # For CPUs: a tower of ViT-S's width and a language model of 110 million parameters.
+    "llava-small": dict(vision_config=_CLIP | _sizes(384, 1536, 12, 6), text_config=_LLAMA | _sizes(1024, 2816, 8, 16)),
+    # For tests.
+    "llava-tiny": dict(
+        vision_config=_CLIP | _sizes(32, 64, 3, 2) | dict(image_size=112), text_config=_LLAMA | _sizes(32, 64, 2, 2)
     ),
 }
 NORMALISATION = 255 * torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
