@@ -82,6 +82,7 @@ def example_page(**changes):
         "intro": "Two sentences.",
         "tiles": [{"value": "73%", "label": "kept"}],
         "table": {"head": ["", "mAP"], "rows": [{"is_apt": True, "cells": ["APT", "65.5"]}]},
+        "measured_on": "a few images",
         "methods": [("dense", "unchanged")],
         "speed": "Measured.",
         "machine": [("hardware", "a processor")],

@@ -84,6 +84,7 @@ def page_of(task: str, content: dict, command: str) -> dict:
             {"value": f"{content['minutes']:.1f} min", "label": f"short fine-tune, {steps[-1]} iterations"},
         ],
         "table": content["table"],
+        "measured_on": content["measured_on"],
         "methods": content["methods"],
         "speed": (
             f"{content['speed_text']} Adaptive patches make the trunk faster, and only it: in so small a model the "

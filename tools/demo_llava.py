@@ -212,6 +212,9 @@ def content(adaptation: Adaptation, report: dict, pictures: int) -> dict:
                 *({"is_apt": name == "APT", "cells": cells(name, row, dense)} for name, row in variants.items()),
             ],
         },
+        "measured_on": (
+            f"{setup['questions']} questions about {setup['images']} of PhotoShapes' validation images, by lmms-eval"
+        ),
         "methods": METHODS,
         "hardware": setup["machine"],
         "versions": setup["versions"],

@@ -66,6 +66,7 @@ def content(experiment: Experiment, results: dict, pictures: int) -> dict:
             "head": ["", *dense["metrics"], "content tokens", "padding tokens", "img/s", "vs dense"],
             "rows": [{"is_apt": title == AFTER, "cells": cells(row, dense)} for title, row in rows.items()],
         },
+        "measured_on": f"PhotoShapes' {len(experiment.calibration['shares'])} validation images",
         "methods": METHODS,
         "hardware": results["hardware"],
         "versions": results["versions"],

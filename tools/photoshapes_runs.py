@@ -105,7 +105,10 @@ class Bar(Hook):
     def before_test(self, runner: Runner) -> None:
         self.progress.update(self.task, total=len(runner.test_dataloader))
 
-    def _after_iter(self, runner: Runner, *_, **__) -> None:
+    def after_train_iter(self, *_, **__) -> None:
+        self.progress.advance(self.task)
+
+    def after_test_iter(self, *_, **__) -> None:
         self.progress.advance(self.task)
 
 
