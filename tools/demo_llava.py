@@ -72,7 +72,7 @@ class Adaptation:
         if not (data / "vqa_validation.json").is_file():
             raise FileNotFoundError(f"no data at {data}; make it with: python tools/make_photoshapes.py {data}")
         self.dense, self.data, self.removed, self.folder = dense, data, removed, folder
-        code = fingerprint(*(vqa.ROOT / package for package in ("apt_backbones", "llava_apt")), pattern="*.py")
+        code = fingerprint(*vqa.CODE, pattern="*.py")
         self.steps = Steps(folder / "steps", {"data": fingerprint(data), "dense": fingerprint(dense), "code": code})
         self.processor = LlavaAptProcessor.from_pretrained(dense).image_processor
 
@@ -149,7 +149,7 @@ class Adaptation:
         return vqa.measure(self.arguments(limit), command)
 
     def show(self, count: int) -> dict:
-        """``pictures`` of validation images with questions and answers, and a ``legend``."""
+        """``pictures`` of validation images with questions and answers, and ``legends``."""
         code = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, drawing)]
         inputs = {"new layers": fingerprint(self.tuned / FILE_NAME), "count": count, "drawn by": fingerprint(*code)}
         return self.steps.run("pictures", f"pictures of {count} images", inputs, lambda: self._draw(count))

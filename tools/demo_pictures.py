@@ -57,16 +57,18 @@ def enlarged(image: Image.Image) -> tuple[Image.Image, float]:
 def detections(
     image: Image.Image, boxes_N4: np.ndarray, labels_N: np.ndarray, masks_NHW: np.ndarray, names: Sequence[str]
 ) -> Image.Image:
-    """An image with tinted masks, boxes (x1, y1, x2, y2 in the image's pixels) and a name for each object."""
+    """An image with tinted masks, boxes (x1, y1, x2, y2 in the image's pixels) and a name for each object, the surest
+    first."""
     canvas, scale = enlarged(tinted(image, [(mask, colour_of(label)) for mask, label in zip(masks_NHW, labels_N)]))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(WIDTH // 28)
-    for box, label, name in zip(boxes_N4 * scale, labels_N, names):
-        draw.rectangle(box.tolist(), outline=colour_of(label), width=4)
+    for box, label, name in reversed(list(zip(boxes_N4 * scale, labels_N, names))):  # the surest on top
+        colour = colour_of(label)
+        draw.rectangle(box.tolist(), outline=colour, width=4)
         *_, right, bottom = draw.textbbox((0, 0), name, font=font)
         x = min(max(0, float(box[0])), canvas.width - right - 6)
         y = max(0, float(box[1]) - bottom - 6)
-        draw.rectangle((x, y, x + right + 6, y + bottom + 6), fill=colour_of(label))
-        draw.text((x + 3, y + 2), name, fill="black", font=font)
+        draw.rectangle((x, y, x + right + 6, y + bottom + 6), fill=colour)
+        draw.text((x + 3, y + 2), name, fill="white" if sum(colour) < 330 else "black", font=font)
     return canvas
 
 

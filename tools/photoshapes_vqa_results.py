@@ -37,7 +37,7 @@ from llava_apt.prompt import question_prompt
 TASK = "photoshapes_vqa"
 TYPES = ("yes/no", "shape", "colour", "count", "position")
 SETTINGS = {"max_new_tokens": 4}
-ROOT = Path(__file__).parents[1]
+CODE = [*(Path(__file__).parents[1] / package for package in ("apt_backbones", "llava_apt")), Path(__file__)]
 
 
 @contextlib.contextmanager
@@ -189,7 +189,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
         "data": fingerprint(args.data),
         "dense": fingerprint(args.dense),
         "new layers": fingerprint(layers / FILE_NAME if layers.is_dir() else layers),
-        "code": fingerprint(*(ROOT / package for package in ("apt_backbones", "llava_apt")), pattern="*.py"),
+        "code": fingerprint(*CODE, pattern="*.py"),
         "versions": versions,
         "thresholds": args.thresholds,
         "batch size": args.batch_size,
