@@ -146,6 +146,7 @@ def test_whole_segmenters_run_with_both_heads(folder, monkeypatch):
     assert list(rows) == [
         f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("plain", "cheap")
     ]
+    assert all(len(seconds) == 1 for row in rows.values() for seconds in row["seconds"])  # one image, each its own time
     assert rows["dense (cheap head)"]["gflops_per_image"] < rows["dense (plain head)"]["gflops_per_image"]
     cheap = rows["apt 0.7 (cheap head)"]
     assert {"speed_vs_dense (plain head)", "speed_vs_dense (cheap head)"} <= cheap.keys()

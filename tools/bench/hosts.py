@@ -2,7 +2,6 @@
 make up its stages, and checks that every case computes what it claims to."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -91,7 +90,11 @@ class Segmenter(Trunk):
 
     def __init__(self, model: nn.Module, heads: Sequence[str], cases: list[Case], *args):
         if heads:
-            cases = [replace(case, name=f"{case.name} ({head} head)", head=head) for case in cases for head in heads]
+            cases = [
+                Case(f"{case.name} ({head} head)", case.model, case.is_reference, case.rectangular, head)
+                for case in cases
+                for head in heads
+            ]
         super().__init__(cases, *args)
         self.model = model.eval().requires_grad_(False).to(self.device, self.dtype)
 
