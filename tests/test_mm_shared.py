@@ -283,6 +283,13 @@ def test_training_can_start_from_a_pretrained_trunk(tmp_path):
         assert trunk.state_dict()[name].equal(tensor), name
 
 
+def test_mmengines_initialisers_work_too():
+    trunk = APTEva02(**TRUNK, init_cfg=dict(type="Constant", layer="Linear", val=0.25))
+    trunk.init_weights()
+    linears = [module for module in trunk.modules() if isinstance(module, torch.nn.Linear)]
+    assert linears and all((linear.weight == 0.25).all() for linear in linears)
+
+
 def test_patches_and_positions_of_a_pretrained_trunk_are_resampled(tmp_path):
     _, weights = pretrained(patch_size=4, grid=8)
     torch.save(weights, tmp_path / "pt.pth")

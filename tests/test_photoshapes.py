@@ -124,6 +124,21 @@ def test_scenes_have_smooth_and_busy_areas():
     assert np.std(smooth) > 0.1
 
 
+def test_objects_are_as_large_as_asked():
+    """Of an object that is not covered, the box is at least as long as the smallest diameter, less its stretching."""
+    for min_diameter in (photoshapes.MIN_DIAMETER, 0.25):
+        longest = []
+        for seed in range(40):
+            _, owner, objects = photoshapes.compose(np.random.default_rng(seed), "training", 256, min_diameter)
+            if len(objects) == 1:
+                rows, columns = np.nonzero(owner)
+                longest.append(max(np.ptp(rows), np.ptp(columns)) + 1)
+        assert longest and min(longest) >= 0.6 * min_diameter * 256
+        assert max(longest) > 0.25 * 256
+    with pytest.raises(ValueError, match=r"min_diameter is 0\.5; it must be above 0 and at most 0.3"):
+        photoshapes.make_photoshapes("nowhere", min_diameter=0.5)
+
+
 # ------------------------------------------------------------------------------------------- questions
 
 

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/demo"), help="for everything (%(default)s)")
     parser.add_argument("--pictures", type=int, default=4, help="images to draw (%(default)s)")
-    parser.add_argument("--data", type=Path, default=Path("data/photoshapes"), help="for llava (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/photoshapes_big"), help="for llava (%(default)s)")
     parser.add_argument("--limit", type=int, default=600, help="for llava: questions to answer (%(default)s)")
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, help="for det and seg: settings that replace the configs'"

@@ -16,6 +16,7 @@ import torch
 from datasets import disable_progress_bars
 from demo_page import data_uri
 from demo_pictures import patch_legend, patches, spread
+from mm_config import advice_for
 from PIL import Image
 from steps import Steps, announced, console, digest, fingerprint, track, write
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -70,7 +71,7 @@ class Adaptation:
 
     def __init__(self, dense: Path, data: Path, removed: float, folder: Path):
         if not (data / "vqa_validation.json").is_file():
-            raise FileNotFoundError(f"no data at {data}; make it with: python tools/make_photoshapes.py {data}")
+            raise FileNotFoundError(f"no data at {data}; {advice_for(data)}")
         self.dense, self.data, self.removed, self.folder = dense, data, removed, folder
         code = fingerprint(*vqa.CODE, pattern="*.py")
         self.steps = Steps(folder / "steps", {"data": fingerprint(data), "dense": fingerprint(dense), "code": code})

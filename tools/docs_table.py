@@ -39,9 +39,12 @@ SUBSTITUTIONS = (
         "eva02-seg eva02_L_ade_seg_upernet_sz512.pth converted/",
     ),
     # PhotoShapes is made once, small, before everything else.
-    ("make_photoshapes.py data/photoshapes_vqa --train 6000 --val 400 --size 256", "make_photoshapes.py made_vqa"),
+    (
+        "make_photoshapes.py data/photoshapes_big --train 8000 --val 400 --size 192 --min-diameter 0.2",
+        "make_photoshapes.py made_big",
+    ),
     ("make_photoshapes.py data/photoshapes", "make_photoshapes.py made"),
-    ("make_photoshapes.py made_vqa", "make_photoshapes.py data/photoshapes_vqa --train 24 --val 6 --size 128"),
+    ("make_photoshapes.py made_big", "make_photoshapes.py data/photoshapes_big --train 24 --val 6 --size 128"),
     ("make_photoshapes.py made", "make_photoshapes.py made --train 2 --val 1 --size 96 --workers 1"),
     ("photoshapes_results.py det", "photoshapes_results.py det --out made_results"),
     ("photoshapes_results.py seg", "photoshapes_results.py seg --out made_results"),
@@ -62,8 +65,8 @@ SUBSTITUTIONS = (
     ("--tasks gqa", "--tasks photoshapes_vqa --include_path llava_apt/eval_tasks --limit 2"),
     ("--model_args pretrained=", "--model_args device=cpu,pretrained="),
     (
-        "train_photoshapes_vqa.py data/photoshapes_vqa work_dirs/llava_dense",
-        "train_photoshapes_vqa.py data/photoshapes_vqa work_dirs/llava_dense --alignment-steps 1 --steps 1",
+        "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense",
+        "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense --alignment-steps 1 --steps 1",
     ),
     ("--limit 2000 --batch-size 32 --rounds 3", "--limit 4 --batch-size 2 --rounds 1 --speed-samples 2"),
     ("torch.randn(2, 3, 768, 1024)", "torch.randn(1, 3, 128, 128)"),

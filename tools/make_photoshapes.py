@@ -48,8 +48,8 @@ MAX_OBJECTS = 6
 MAX_COUNT = 5  # a scene of six is never asked for its total, so that "6" is no answer
 MIN_VISIBLE = 0.4  # of an object's area; whatever would hide more is not pasted
 MIN_CONTRAST = 80  # distance of mean RGB (0..255) between an object and what surrounds it
-# The smallest object, for images of 512 px; both scale with --size.
-MIN_DIAMETER, MIN_PIXELS = 24, 150
+MIN_DIAMETER = 24 / 512  # of the smallest object, as a share of the image's longest side
+MIN_PIXELS = 150  # that an object shows at least, in images of 512 px
 
 QUESTION_TYPES = {
     "Is there a {shape}?": "yes/no",
@@ -194,7 +194,7 @@ def contrast(canvas, texture, alpha):
     return np.linalg.norm(inside - canvas[around].mean(axis=0)) if around.any() else 0.0
 
 
-def compose(rng, split, size):
+def compose(rng, split, size, min_diameter=MIN_DIAMETER):
     """One scene: uint8 image (H, W, 3), int owner map (H, W) and the objects' (shape, colour).
 
     The owner map holds 0 for background and i + 1 for the pixels in which object i is visible.
@@ -208,7 +208,7 @@ def compose(rng, split, size):
     # Few kinds in one scene now and then, so that high counts of one shape occur.
     kinds = rng.permutation(len(SHAPES))[: rng.choice([1, 2, 3, len(SHAPES)])]
     wanted = rng.integers(1, MAX_OBJECTS + 1)
-    smallest, largest = MIN_DIAMETER * size / 512, min(width, height) / 2
+    smallest, largest = min_diameter * size, min(width, height) / 2
     for _ in range(20 * wanted):
         if len(objects) == wanted:
             break
@@ -239,12 +239,12 @@ def compose(rng, split, size):
 # ------------------------------------------------------------------------------------------- annotations
 
 
-def write_scene(folder, split, index, seed, size):
+def write_scene(folder, split, index, seed, size, min_diameter):
     """Write one scene's image and class mask; returns its COCO image record and annotations (without ids)."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    image, owner, objects = compose(rng, split, size)
+    image, owner, objects = compose(rng, split, size, min_diameter)
     while not objects:
-        image, owner, objects = compose(rng, split, size)
+        image, owner, objects = compose(rng, split, size, min_diameter)
     name = f"{index:06d}"
     Image.fromarray(image).save(folder / "images" / split / f"{name}.jpg", quality=95)
     classes = np.array([1] + [SHAPES.index(shape) + 2 for shape, _ in objects], np.uint8)
@@ -379,13 +379,14 @@ def for_each(items, function, workers, title):
         pool.shutdown(cancel_futures=True)
 
 
-def make_photoshapes(destination, train=600, val=120, size=512, seed=0, workers=1):
+def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN_DIAMETER, seed=0, workers=1):
     """Write the data set into a new folder; the same arguments give the same bytes, whatever ``workers`` is.
 
     Args:
         destination: folder to make; it must not exist, or be empty. It appears only when everything is written.
         train, val: number of training and of validation images.
         size: longest side of every image, pixels.
+        min_diameter: of the smallest object, as a share of ``size``; the largest is half of an image's shorter side.
         seed: any integer >= 0.
         workers: processes that draw scenes.
 
@@ -395,12 +396,14 @@ def make_photoshapes(destination, train=600, val=120, size=512, seed=0, workers=
     Raises:
         FileExistsError: the destination holds something.
         ImportError, FileNotFoundError: scikit-image or one of its photographs is missing.
-        ValueError: a number that is too small.
+        ValueError: a number that is too small or too large.
     """
     limits = {"train": (train, 1), "val": (val, 1), "size": (size, 64), "seed": (seed, 0), "workers": (workers, 1)}
     for name, (value, least) in limits.items():
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 < min_diameter <= 0.3:
+        raise ValueError(f"min_diameter is {min_diameter}; it must be above 0 and at most 0.3")
     destination = Path(destination)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FileExistsError(f"{destination} already exists; remove it or name another folder")
@@ -414,7 +417,7 @@ def make_photoshapes(destination, train=600, val=120, size=512, seed=0, workers=
         for split, count in zip(SPLITS, (train, val)):
             for kind in ("images", "annotations"):
                 (folder / kind / split).mkdir(parents=True)
-            draw = functools.partial(write_scene, folder, split, seed=seed, size=size)
+            draw = functools.partial(write_scene, folder, split, seed=seed, size=size, min_diameter=min_diameter)
             scenes = for_each(range(1, count + 1), draw, workers, title=split)
             images = [image for image, _ in scenes]
             annotations = [annotation for _, found in scenes for annotation in found]
@@ -442,6 +445,13 @@ def main():
     parser.add_argument("--train", type=int, default=600, metavar="N", help="training images (default %(default)s)")
     parser.add_argument("--val", type=int, default=120, metavar="N", help="validation images (default %(default)s)")
     parser.add_argument("--size", type=int, default=512, metavar="PIXELS", help="longest side (default %(default)s)")
+    parser.add_argument(
+        "--min-diameter",
+        type=float,
+        default=MIN_DIAMETER,
+        metavar="SHARE",
+        help="diameter of the smallest object, as a share of the longest side (default %(default).3f)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     args = parser.parse_args()

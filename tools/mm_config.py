@@ -12,6 +12,8 @@ SOURCES = {
     "data/coco": "put COCO there: train2017/, val2017/ and annotations/",
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
     "data/photoshapes": "make it with: python tools/make_photoshapes.py data/photoshapes",
+    "data/photoshapes_big": "make it with: python tools/make_photoshapes.py data/photoshapes_big "
+    "--train 8000 --val 400 --size 192 --min-diameter 0.2",
 }
 
 
@@ -67,13 +69,18 @@ def merge_number_keys(settings: dict) -> None:
             merge_number_keys(value)
 
 
+def advice_for(root: str | Path) -> str:
+    """Where the data set of a folder comes from."""
+    return SOURCES.get(str(root).rstrip("/"), "put the data set there")
+
+
 def check_data(cfg: Config, loaders: Iterable[str]) -> None:
     """Raise FileNotFoundError, with what to do, if the folder of a data loader's data set does not exist."""
     for loader in loaders:
         root = (cfg.get(loader) or {}).get("dataset", {}).get("data_root")
         if root and not Path(root).is_dir():
-            advice = SOURCES.get(root.rstrip("/"), "put the data set there")
             raise FileNotFoundError(
-                f"no data at {root}; {advice} (another place: --cfg-options {loader}.dataset.data_root=FOLDER, "
+                f"no data at {root}; {advice_for(root)} "
+                f"(another place: --cfg-options {loader}.dataset.data_root=FOLDER, "
                 "and the evaluator's ann_file if it has one)"
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from machine import hardware
+from mm_config import advice_for
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
@@ -133,7 +134,7 @@ class Experiment:
             raise FileNotFoundError(f"no checkpoint at {dense}; leave out --dense to train one")
         data = Path(self.config(self.path("dense")).test_dataloader.dataset.data_root)
         if not data.is_dir():
-            raise FileNotFoundError(f"no data at {data}; make it with: python tools/make_photoshapes.py {data}")
+            raise FileNotFoundError(f"no data at {data}; {advice_for(data)}")
         self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         code = fingerprint(ROOT / "apt_backbones", __file__, pattern="*.py")
         self.steps = Steps(work_dir / "steps", {"data": fingerprint(data), "code": code, "versions": self.versions})

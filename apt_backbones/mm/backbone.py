@@ -14,7 +14,7 @@ class APTEva02(eva02.APTEva02, BaseModule):
     """``apt_backbones.APTEva02`` with mmengine's ``init_cfg``; all other arguments are the same.
 
     ``init_cfg=dict(type="Pretrained", checkpoint=FILE)`` starts training from what ``load_pretrained`` takes, read
-    safely and loaded strictly.
+    safely and loaded strictly. Other types are mmengine's own initialisers.
 
     ``test_dtype="float16"`` or ``"bfloat16"`` computes the trunk in that precision on a GPU when no gradients are
     needed, and returns float32 maps. (Under autocast of a whole test, mmdet places anchors in half precision, which
@@ -24,8 +24,6 @@ class APTEva02(eva02.APTEva02, BaseModule):
     def __init__(self, *args, init_cfg: dict | None = None, test_dtype: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
-        if init_cfg is not None and init_cfg["type"] != "Pretrained":
-            raise ValueError(f"init_cfg of the backbone must be of type Pretrained, not {init_cfg['type']}")
         self.init_cfg = init_cfg
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -35,6 +33,8 @@ class APTEva02(eva02.APTEva02, BaseModule):
             return tuple(x.float() for x in super().forward(images))
 
     def init_weights(self) -> None:
-        if self.init_cfg is not None and not self.is_init:
+        if self.init_cfg is None or self.init_cfg["type"] != "Pretrained":
+            super().init_weights()
+        elif not self.is_init:
             load_pretrained(self, read_checkpoint(self.init_cfg["checkpoint"]))
-        self.is_init = True
+            self.is_init = True
