@@ -23,7 +23,6 @@ SUBSTITUTIONS = (
     ("TARGET=site tools/build_mmcv_cuda.sh wheels/onedl_mmcv-*.tar.gz", "bash -n tools/build_mmcv_cuda.sh"),
     ("bench_all.py --images wheels/photos", "bench_all.py --list"),
     # Hardware.
-    ("eva02_l_dense_512.py --device cuda --dtype bf16 --batch-size 8", "eva02_l_dense_512.py --rounds 1"),
     ("torchrun --nproc_per_node 8", "torchrun --nproc_per_node 1"),
     ("torchrun --nproc-per-node 8", "torchrun --nproc-per-node 1"),
     ("accelerate launch --num_processes 8", "accelerate launch --cpu --num_processes 1"),

@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     add("data", type=Path, help="folder that tools/make_photoshapes.py made")
     add("dense", type=Path, help="checkpoint that tools/train_photoshapes_vqa.py made")
     add("new_layers", type=Path, help="folder or file that llava_apt.finetune made from it")
-    add("--thresholds", default="28=5.3", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
+    add("--thresholds", default="28=4.5", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
     add("--output", type=Path, default=Path("docs/results/photoshapes_vqa"), help="without ending (%(default)s)")
     add("--work-dir", type=Path, default=Path("work_dirs/vqa"), help="for what is finished (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")
