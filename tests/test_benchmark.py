@@ -289,6 +289,17 @@ def test_the_one_hot_scorer_computes_the_same_entropies():
     assert math.isclose(float(flat), 0, abs_tol=1e-6)
 
 
+def test_scorers_are_timed_and_plotted(tmp_path, monkeypatch):
+    command = ["benchmark.py", "--scorers", "--device", "cpu", "--img-sizes", "256"]
+    command += ["--rounds", "1", "--num-images", "1"]
+    files = ["--json", str(tmp_path / "scorers.json"), "--plot", str(tmp_path / "scorers.png")]
+    monkeypatch.setattr(sys, "argv", command + files)
+    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    (result,) = json.loads((tmp_path / "scorers.json").read_text())["results"]
+    assert [row["mode"] for row in result["rows"]] == ["one-hot", "score_patches"]
+    assert (tmp_path / "scorers.png").stat().st_size > 1000
+
+
 # Compilers and GPUs
 
 

@@ -121,7 +121,7 @@ def main() -> None:
         results += of_config
         if args.plot:
             args.plot.parent.mkdir(parents=True, exist_ok=True)
-            path = args.plot if len(args.configs) == 1 else args.plot.with_stem(f"{args.plot.stem}_{Path(config).stem}")
+            path = args.plot if len(args.configs) <= 1 else args.plot.with_stem(f"{args.plot.stem}_{Path(config).stem}")
             if len(args.img_sizes or ()) > 1:
                 report.plot_growth(path, of_config)
             else:

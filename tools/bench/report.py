@@ -149,8 +149,9 @@ def _cpu_name() -> str:
 
 
 def plot_speeds(path: Path, rows: list[dict], title: str) -> None:
-    """Bars: speed relative to dense, with the range over pairs, and a mark at the ratio of arithmetic."""
-    speeds = [row["speed_vs_dense"] for row in rows]
+    """Bars: speed relative to the first row, with the range over pairs, and a mark at the ratio of arithmetic."""
+    reference = rows[0]["mode"]
+    speeds = [row[f"speed_vs_{reference}"] for row in rows]
     with _figure(path, (8, 0.5 * len(rows) + 1.2)) as axes:
         medians = [speed["median"] for speed in speeds]
         spread = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
@@ -159,7 +160,8 @@ def plot_speeds(path: Path, rows: list[dict], title: str) -> None:
             axes.plot([s["by_arithmetic"] for s in speeds], range(len(rows)), "|", color="black", markersize=18)
         axes.axvline(1, color="grey", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set(xlabel="speed relative to dense (median, range over pairs; | = ratio of arithmetic)", title=title)
+        explained = "median, range over pairs; | = ratio of arithmetic"
+        axes.set(xlabel=f"speed relative to {reference} ({explained})", title=title)
 
 
 def plot_growth(path: Path, results: list[dict]) -> None:
