@@ -150,7 +150,7 @@ def main() -> None:
         if failure:
             failures[part.name] = failure
     columns = ["part", "what", "mode", "content kept", "img/s", "median speed against"]
-    lines = summary_of(folder, parts)
+    lines = summary_of(folder, list(all_parts))  # with what earlier runs left in the folder
     table = Table(title=f"Results in {folder}")
     for column in columns:
         table.add_column(column)
