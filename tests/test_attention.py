@@ -23,11 +23,8 @@ def masked_dense(q, k, v, lengths):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("lengths_known", [True, False])
-def test_equals_a_block_diagonal_mask_forward_and_backward(lengths, lengths_known):
-    q, k, v, cu_seqlens = packed(lengths)
-    out = varlen_attention(q, k, v, cu_seqlens, max(lengths), lengths if lengths_known else None)
+def assert_equals_masked(out, q, k, v, lengths):
+    """Forward and gradients are those of dense attention under a block-diagonal mask."""
     expected = masked_dense(q, k, v, lengths)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
     upstream = torch.randn_like(out)
@@ -35,6 +32,14 @@ def test_equals_a_block_diagonal_mask_forward_and_backward(lengths, lengths_know
         torch.autograd.grad(out, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream)
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths_known", [True, False])
+def test_equals_a_block_diagonal_mask_forward_and_backward(lengths, lengths_known):
+    q, k, v, cu_seqlens = packed(lengths)
+    out = varlen_attention(q, k, v, cu_seqlens, max(lengths), lengths if lengths_known else None)
+    assert_equals_masked(out, q, k, v, lengths)
 
 
 def test_odd_head_sizes_and_strided_inputs():
@@ -75,13 +80,7 @@ def test_kernels_get_the_inputs_that_they_can_read(monkeypatch, head_dim, stride
     if strided:
         q, k, v = torch.randn(13, 3, 3 * head_dim, requires_grad=True).split(head_dim, dim=-1)
     out = varlen_attention(q, k, v, cu_seqlens, 5, lengths, backend="varlen")
-    expected = masked_dense(q, k, v, lengths)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
-    upstream = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream)
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert_equals_masked(out, q, k, v, lengths)
 
 
 def test_inputs_are_copied_only_if_they_must_be():
