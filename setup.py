@@ -9,8 +9,9 @@ EXTRAS = {
     "seg": ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=1.4.2"],
     "llava": ["transformers>=5.20", "accelerate>=1.15", "pillow"],
     "eval": ["lmms-eval>=0.7.3"],
+    "tools": ["imageio[pyav]", "pycocotools", "scikit-image", "pooch"],
     "flash": ["flash-attn>=2.6"],
-    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pre-commit", "scikit-image", "pooch"],
+    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pre-commit"],
 }
 # flash-attn compiles CUDA code, so "all" leaves it to those who ask for it by name.
 EXTRAS["all"] = sorted({requirement for name, group in EXTRAS.items() if name != "flash" for requirement in group})

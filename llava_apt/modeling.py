@@ -103,6 +103,7 @@ class LlavaAptModel(LlavaModel):
         else:
             embedding = self.get_input_embeddings()(torch.tensor(placeholder, device=inputs_embeds.device))
             is_placeholder_BL = (inputs_embeds == embedding).all(-1)
+        is_placeholder_BL = is_placeholder_BL.cpu()  # one wait for the device instead of several
         # A run of placeholders holds one image, or several whole ones if nothing stands between them.
         ends_run_BL = is_placeholder_BL.clone()
         ends_run_BL[:, :-1] &= ~is_placeholder_BL[:, 1:]

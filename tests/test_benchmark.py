@@ -280,6 +280,24 @@ def test_bounds_are_amdahls_law():
     }
 
 
+def test_the_stage_table_compares_with_the_dense_model_of_the_same_head():
+    def speed(expected):
+        return {"median": 1.0, "min": 1.0, "max": 1.0, "if_proportional": expected}
+
+    rows = [
+        {"mode": "apt (plain head)", "stages_ms": {"head": 5.0}, "speed_vs_dense (plain head)": speed(1.25)},
+        {
+            "mode": "apt (cheap head)",
+            "stages_ms": {"head": 2.0},
+            "speed_vs_dense (plain head)": speed(2.5),
+            "speed_vs_dense (cheap head)": speed(1.5),
+        },
+        {"mode": "apt-rect", "stages_ms": {}, "speed_vs_dense": {"median": 1.0, "min": 1.0, "max": 1.0}},
+    ]
+    columns = {column.header: list(column.cells) for column in report.stage_table(rows, "title").columns}
+    assert columns["if proportional"] == ["1.25x", "1.50x", "-"]
+
+
 def test_the_one_hot_scorer_computes_the_same_entropies():
     images = torch.rand(1, 3, 128, 192) * 255
     ours, theirs = score_patches(images, (32, 64)), scorers.one_hot_entropy(images, (32, 64))

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / "tools/benchmark.py"
+TOOL = "tools/benchmark.py"  # of the checkout that it runs in: results quote the command
 DET_B, DET_L = (f"det_configs/eva02_{size}_apt_1536.py" for size in "bl")
 SEG_B, SEG_L = (f"seg_configs/eva02_{size}_apt_512.py" for size in "bl")
 
@@ -88,7 +88,8 @@ def run(part: Part, folder: Path, common: list[str]) -> str | None:
     """Run one part; its output goes to a log. Returns what went wrong, or None."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     options = dict(cwd=ROOT, env=environment, timeout=60 * part.minutes)
-    files = ["--json", str(folder / f"{part.name}.json"), "--plot", str(folder / f"{part.name}.png")]
+    written = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    files = ["--json", str(written / f"{part.name}.json"), "--plot", str(written / f"{part.name}.png")]
     command = [sys.executable, str(TOOL), *shlex.split(part.arguments), *common, *files]
     log = folder / f"{part.name}.log"
     with log.open("w") as output:

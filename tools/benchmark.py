@@ -23,7 +23,6 @@ turn on every batch, and ratios are taken between runs on the same batch in the 
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -31,16 +30,15 @@ import torch
 from bench import report
 from bench.build import DTYPES, MODES, make_host
 from bench.measure import measure
+from cli import parser_of, run
 from rich.console import Console
+from steps import write
 
 from apt_backbones.eva02 import PADDING_MODES
 
 
 def parse_args() -> argparse.Namespace:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="adaptive configurations, or LLaVA shapes")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation (default: fp32)")
@@ -85,7 +83,7 @@ def _aspect(text: str) -> float:
     return width / height
 
 
-def run(config: str | None, side: int | None, args: argparse.Namespace, console: Console) -> list[dict]:
+def measure_model(config: str | None, side: int | None, args: argparse.Namespace, console: Console) -> list[dict]:
     """Measure one model at one size and print its tables; one result for each thing that is timed."""
     host, facts = make_host(config, side, args)
     measure(host, args.rounds, args.stages)
@@ -99,25 +97,16 @@ def run(config: str | None, side: int | None, args: argparse.Namespace, console:
     return results
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
 def main() -> None:
     args = parse_args()
     console, results = Console(width=None if sys.stdout.isatty() else 160), []
     for config in args.configs or [None]:
         of_config = []
-        try:
-            for side in args.img_sizes or [None]:
-                of_config += run(config, side, args, console)
-                if args.json:
-                    write_json(args.json, {**report.environment(args.device), "results": results + of_config})
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
+        for side in args.img_sizes or [None]:
+            of_config += measure_model(config, side, args, console)
+            if args.json:
+                content = {**report.environment(args.device), "results": results + of_config}
+                write(args.json, json.dumps(content, indent=1) + "\n")
         results += of_config
         if args.plot:
             args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -129,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,7 +17,7 @@ def run(main: Callable[[], object]) -> None:
     """Run a tool; what the user can mend is reported in one line. ``python -X dev`` shows where it was raised."""
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if sys.flags.dev_mode:
             raise
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Results on PhotoShapes, all from one command: ``tools/photoshapes_results.py det``.
+"""Results on PhotoShapes, all from one command.
+
+examples:
+  python tools/photoshapes_results.py det
+  python tools/photoshapes_results.py det --dense det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors
 
 Trains the dense model (or resumes it, or takes it if it is finished), finds thresholds that remove the asked share of
 the images' content tokens, short-fine-tunes, evaluates every method on the validation images, and times them
@@ -13,6 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from cli import parser_of
 from machine import hardware
 from mmengine.config import DictAction
 from photoshapes_runs import TASKS, Experiment, minutes_trained, scorer_of
@@ -20,7 +25,7 @@ from steps import run, write
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--dense", type=Path, metavar="FILE", help="weights of a dense model, instead of training one")
     parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")

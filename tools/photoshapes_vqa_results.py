@@ -1,6 +1,11 @@
 #!/usr/bin/env python
 """Table of LLaVA on PhotoShapes' questions, scored by lmms-eval: dense, random, resizing, APT before and after tuning.
 
+examples:
+  python tools/photoshapes_vqa_results.py data/photoshapes_big work_dirs/llava_dense work_dirs/llava_apt
+  python tools/photoshapes_vqa_results.py data/photoshapes_big llava_apt/checkpoints/small_photoshapes \\
+      work_dirs/llava_apt --limit 200 --rounds 3
+
 Writes NAME.json (every figure, hardware, versions, command) and NAME.md. Speeds come from the same run: before the
 scoring, all variants answer the same batches in turn, several rounds over, image processing included. Started again, it
 repeats nothing that is finished and whose inputs (checkpoints, data, settings, code) are still the same.
@@ -21,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from cli import parser_of
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from machine import processor
@@ -255,7 +261,7 @@ def write_tables(report: dict, path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("data", type=Path, help="folder that tools/make_photoshapes.py made")
     add("dense", type=Path, help="checkpoint that tools/train_photoshapes_vqa.py made")

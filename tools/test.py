@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
     runner = RUNNERS.build(cfg)
+    runner.model.requires_grad_(False)  # frozen projections run as one product
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     return runner.test()

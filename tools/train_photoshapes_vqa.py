@@ -21,7 +21,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cli import parser_of, run
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.console import Console
@@ -381,7 +381,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
     parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
     parser.add_argument("--alignment-steps", type=int, default=2500, help="of the tower (%(default)s)")
@@ -392,12 +392,9 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.destination.exists():
-        sys.exit(f"{parser.prog}: error: {args.destination} already exists; remove it or name another folder")
-    try:
-        train(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        raise FileExistsError(f"{args.destination} already exists; remove it or name another folder")
+    train(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
