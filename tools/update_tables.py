@@ -5,8 +5,8 @@ examples:
   python tools/update_tables.py          # after new results
   python tools/update_tables.py --check  # tells whether the tables are up to date, and changes nothing
 
-A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: summary, det, seg, vqa, and
-bench:FILE for a table of docs/benchmarks/FILE.json.
+A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: summary, det, seg, vqa, speeds,
+and bench:FILE for a table of docs/benchmarks/FILE.json.
 """
 
 import json
@@ -20,6 +20,28 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "det_configs/README.md", "seg_configs/README.md", "llava_apt/README.md")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 TUNED = "APT after the short fine-tune"
+
+# Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
+# merging, at 70 % and at 50 % of the tokens.
+TRUNK = ("packed", "apt 0.7", "apt 0.5")
+SPEEDS = (
+    ("EVA-02-B, trunk, 1536 px", "trunk_b_1536", "trunk", TRUNK),
+    ("EVA-02-L, trunk, 512 px", "trunk_seg_l_512", "trunk", TRUNK),
+    ("EVA-02-B + UperNet, 512 px", "whole_seg_b_512", "whole model", (None, "apt 0.7 (plain head)", None)),
+    (
+        "the same with our equal, cheaper head",
+        "whole_seg_b_512",
+        "whole model",
+        ("dense (cheap head)", "apt 0.7 (cheap head)", None),
+    ),
+    ("LLaVA of a small size, first token", "llava_small", "first token", ("packed", "apt 0.7", None)),
+    (
+        "EVA-02-B, 512 px, step of the short against the full fine-tune",
+        "training_b_512",
+        "training step",
+        (None, "apt 0.7", None),
+    ),
+)
 
 
 def results(task: str) -> dict:
@@ -117,11 +139,30 @@ def bench(name: str) -> str:
     return f"{table(head, rows)}\nHardware: {measured['hardware']}.\n"
 
 
+def speeds() -> str:
+    """One row per model: medians of its speed relative to the ordinary dense model, which has mmseg's own head."""
+    rows = []
+    for label, file, timed, modes in SPEEDS:
+        measured = json.loads((ROOT / f"docs/benchmarks/cpu/{file}.json").read_text())
+        (of,) = (result["rows"] for result in measured["results"] if result["title"].endswith(f", {timed}"))
+        by_mode, dense = {row["mode"]: row for row in of}, of[0]["mode"]
+        rows.append(
+            [label, *(f"{by_mode[mode][f'speed_vs_{dense}']['median']:.2f}x" if mode else "" for mode in modes)]
+        )
+    return f"{table(['', 'nothing merged', '70 % of the tokens', '50 %'], rows)}\nHardware: {measured['hardware']}.\n"
+
+
 def text_of(name: str) -> str:
     """What stands between a table's markers."""
     if name.startswith("bench:"):
         return bench(name.removeprefix("bench:"))
-    tables = {"summary": summary, "vqa": vqa, "det": lambda: methods("det"), "seg": lambda: methods("seg")}
+    tables = {
+        "summary": summary,
+        "vqa": vqa,
+        "speeds": speeds,
+        "det": lambda: methods("det"),
+        "seg": lambda: methods("seg"),
+    }
     if name not in tables:
         raise ValueError(f"no table is called {name!r}; there are {', '.join(tables)} and bench:FILE")
     return tables[name]()
