@@ -27,6 +27,12 @@ TRUNK = ("packed", "apt 0.7", "apt 0.5")
 SPEEDS = (
     ("EVA-02-B, trunk, 1536 px", "trunk_b_1536", "trunk", TRUNK),
     ("EVA-02-L, trunk, 512 px", "trunk_seg_l_512", "trunk", TRUNK),
+    (
+        "EVA-02-B detector, 1024 px, 4:3 padded to a square",
+        "whole_det_b_1024",
+        "whole model",
+        ("packed", "apt 0.7", None),
+    ),
     ("EVA-02-B + UperNet, 512 px", "whole_seg_b_512", "whole model", (None, "apt 0.7 (plain head)", None)),
     (
         "the same with our equal, cheaper head",
