@@ -1,11 +1,12 @@
 """The demo's small LLaVA: thresholds for a token budget, short fine-tune, results, and questions with their answers."""
 
 import argparse
+import io
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
 from pathlib import Path
 
@@ -116,7 +117,9 @@ class Adaptation:
             return folder
         resume = ["--resume"] if last_complete_checkpoint(folder) else []
         arguments = parser().parse_known_args([str(part) for part in [*options, "--output-dir", folder, *resume]])
-        with announced(title + ", continued" * bool(resume)), self._stopwatch(folder):
+        # The trainer's progress bar goes to stderr; its lines, which the page's curve shows, to stdout.
+        trainers_lines = redirect_stdout(io.StringIO())
+        with announced(title + ", continued" * bool(resume)), self._stopwatch(folder), trainers_lines:
             finetune(*arguments)
         return folder
 

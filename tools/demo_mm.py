@@ -49,8 +49,9 @@ def content(experiment: Experiment, results: dict, pictures: int) -> dict:
     dense, after = rows[DENSE], rows[AFTER]
     metric = next(iter(dense["metrics"]))
     log = training_log(experiment.tuned)
+    num_timed = min(TIMED_IMAGES, len(experiment.calibration["shares"]))
     speed = (
-        f"Whole model, one image at a time, without loading. {TIMED_IMAGES} images go through all methods in turn, "
+        f"Whole model, one image at a time, without loading. {num_timed} images go through all methods in turn, "
         f"{TIMED_ROUNDS} times; the table has medians."
     )
     if experiment.task.rectangles:
