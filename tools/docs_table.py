@@ -67,7 +67,7 @@ SUBSTITUTIONS = (
         "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense",
         "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense --alignment-steps 1 --steps 1",
     ),
-    ("--limit 2000 --batch-size 32 --rounds 3", "--limit 4 --batch-size 2 --rounds 1 --speed-samples 2"),
+    ("--limit 2000 --batch-size 32 --rounds 3", "--limit 60 --batch-size 10 --rounds 1 --speed-samples 2"),
     ("torch.randn(2, 3, 768, 1024)", "torch.randn(1, 3, 128, 128)"),
 )
 
@@ -79,6 +79,21 @@ test_dataloader = dict(num_workers=0, persistent_workers=False)
 """
 _ONE_STEP = "train_cfg = dict(max_iters=1, val_interval=1)\n"
 _TINY = '_base_ = "eva02_tiny_{}_photoshapes.py"\nload_from = "{}"\n'
+
+# PhotoShapes needs no multi-scale test, the _ms configurations' bases do.
+_MULTI_SCALE = """
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (64, 128)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+"""
 
 # What Python blocks of a document take for granted.
 PRELUDES = {"llava_apt/README.md": 'from PIL import Image\n\nimage = Image.open("photo.jpg")\n'}
@@ -108,6 +123,8 @@ def fill(folder: Path) -> None:
             with open(configs / f"eva02_tiny_{method}_photoshapes.py", "a") as config:
                 config.write(_SMALL + _ONE_STEP)
             (configs / f"eva02_{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
+    with open(folder / "seg_configs/_base_/photoshapes.py", "a") as config:
+        config.write(_MULTI_SCALE)
     (folder / "checkpoints").mkdir()
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
         weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"

@@ -187,7 +187,11 @@ def variants_of(dense: Path, new_layers: Path, thresholds: str) -> dict[str, dic
 
 
 def measure(args: argparse.Namespace, command: str) -> dict:
-    """Everything in the table; ``args`` as ``parser`` describes them."""
+    """Everything in the table; ``args`` as ``parser`` describes them.
+
+    Raises:
+        ValueError: a type of question does not occur among the first ``--limit`` ones.
+    """
     torch.set_num_threads(args.threads)
     layers = args.new_layers
     versions = {name: version(name) for name in ("torch", "transformers", "lmms-eval")}
@@ -203,6 +207,10 @@ def measure(args: argparse.Namespace, command: str) -> dict:
     }
     steps = Steps(args.work_dir / "steps", common)
     records = read_records(args.data / "vqa_validation.json")[: args.limit]
+    if missing := set(TYPES) - {record["question_type"] for record in records}:
+        raise ValueError(
+            f"the first {len(records)} questions are never about {', '.join(sorted(missing))}; raise --limit"
+        )
     names = sorted({record["image"] for record in records})
     options = variants_of(args.dense, layers, args.thresholds)
 
