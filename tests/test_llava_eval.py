@@ -188,7 +188,7 @@ def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, mon
     for name in (*variants, "position", "count", "samples/s", "without padding", "torch"):
         assert name in text
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments), "--limit", "1"])
-    with pytest.raises(ValueError, match=r"the first 1 questions are never about .*position.*; raise --limit"):
+    with pytest.raises(ValueError, match=r"the first 1 questions lack .*position.*; raise --limit"):
         tool("photoshapes_vqa_results").main()
 
 

@@ -208,9 +208,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
     steps = Steps(args.work_dir / "steps", common)
     records = read_records(args.data / "vqa_validation.json")[: args.limit]
     if missing := set(TYPES) - {record["question_type"] for record in records}:
-        raise ValueError(
-            f"the first {len(records)} questions are never about {', '.join(sorted(missing))}; raise --limit"
-        )
+        raise ValueError(f"the first {len(records)} questions lack {', '.join(sorted(missing))}; raise --limit")
     names = sorted({record["image"] for record in records})
     options = variants_of(args.dense, layers, args.thresholds)
 
