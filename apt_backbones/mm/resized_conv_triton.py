@@ -42,7 +42,7 @@ def _add_shifted(out_BOHW: Tensor, products_BhwX: Sequence[Tensor], align_corner
 def _neighbours(position, size, full_size, ALIGN: tl.constexpr):
     """Both neighbours of positions in a line resized from ``size``, and their weights: zero beyond its ends."""
     if ALIGN:
-        source = position * ((size - 1) / tl.maximum(full_size - 1, 1))
+        source = tl.maximum(position, 0) * ((size - 1) / tl.maximum(full_size - 1, 1))
     else:
         source = tl.maximum((position + 0.5) * (size / full_size) - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int32), size - 1)
