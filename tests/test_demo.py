@@ -208,6 +208,7 @@ def test_a_stopped_demo_goes_on_and_repeats_nothing(task, data, llava, tmp_path)
     assert {name: (steps / name).stat().st_mtime_ns for name in kept} == kept
     page = Page((folder / "index.html").read_text())
     assert len(page.images) == 2 * {"det": 3, "seg": 4, "llava": 1}[task] and not page.links
+    assert re.search(r"At a real size .* was \d\.\d\d times as fast", page.text)
 
     with start() as process:
         said = process.stderr.read()

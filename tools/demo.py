@@ -5,25 +5,35 @@ examples:
   python tools/demo.py det
   python tools/demo.py llava --removed 0.4
 
-Finds thresholds for a token budget, trains the new layers for a few minutes, evaluates all methods, times them and
-draws pictures; then writes OUT/TASK/index.html and a table. Started again, it goes on where it stopped.
+Finds thresholds for a token budget, trains the new layers for a few minutes, evaluates all methods, times them and a
+network of real size, and draws pictures; then writes OUT/TASK/index.html and a table. Started again, it goes on where
+it stopped.
 """
 
 import argparse
+import json
 import shlex
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 from cli import parser_of
 from demo_page import render, share_histogram, training_curve
+from machine import hardware
 from mmengine.config import DictAction
-from steps import console, run, write
+from steps import Steps, console, fingerprint, run, write
 
 DENSE = {
     "det": Path("det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
     "seg": Path("seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
     "llava": Path("llava_apt/checkpoints/small_photoshapes"),
+}
+# What is timed at a real size, with random weights: its name, and arguments of tools/benchmark.py.
+REAL_SIZE = {
+    "det": ("the trunk of EVA-02-B at 512 px", ["det_configs/eva02_b_apt_1536.py", "--img-sizes", "512"]),
+    "seg": ("the trunk of EVA-02-B at 512 px", ["seg_configs/eva02_b_apt_512.py"]),
+    "llava": ("an answer of a larger LLaVA", ["llava-small"]),
 }
 TITLES = {"det": "detection", "seg": "segmentation", "llava": "vision-language models"}
 
@@ -51,7 +61,9 @@ def mm_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
     experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
     results = measure(experiment, args.task, command)
     write_tables(results, folder)
-    return demo_mm.content(experiment, results, args.pictures)
+    images = Path(experiment.config(experiment.path("dense")).test_dataloader.dataset.data_root) / "images/validation"
+    real_size = time_real_size(args.task, experiment.steps, 1 - args.removed, images)
+    return {**demo_mm.content(experiment, results, args.pictures), "real_size": real_size}
 
 
 def llava_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
@@ -61,7 +73,37 @@ def llava_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
     adaptation = demo_llava.Adaptation(args.dense, args.data, args.removed, folder)
     report = adaptation.measure(args.limit, command)
     write_tables(report, folder / "photoshapes_vqa")
-    return demo_llava.content(adaptation, report, args.pictures)
+    real_size = time_real_size("llava", adaptation.steps, 1 - args.removed, args.data / "images/validation")
+    return {**demo_llava.content(adaptation, report, args.pictures), "real_size": real_size}
+
+
+def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
+    """Speed of a network of real size relative to the ordinary dense one, at the demo's share of tokens.
+
+    Returns:
+        ``what`` it is, ``kept``, and of the ratios over pairs of runs ``median``, ``min`` and ``max``.
+    """
+    what, arguments = REAL_SIZE[task]
+    arguments = [*arguments, "--modes", "dense,apt", "--keep", f"{keep:.4g}", "--images", str(images)]
+    arguments += ["--num-images", "2", "--rounds", "2"]
+
+    def measure() -> dict:
+        file = steps.folder / "real_size.part"
+        steps.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *arguments, "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+        dense, apt = json.loads(file.read_text())["results"][-1]["rows"]
+        file.unlink()
+        return {"what": what, "kept": apt["content_kept"], **apt[f"speed_vs_{dense['mode']}"]}
+
+    inputs = {
+        "arguments": arguments,
+        "hardware": hardware(),
+        "code": fingerprint(Path(__file__).parent / "bench", pattern="*.py"),
+    }
+    return steps.run("real_size", f"speed of {what}", inputs, measure)
 
 
 def page_of(task: str, content: dict, command: str) -> dict:
@@ -69,6 +111,7 @@ def page_of(task: str, content: dict, command: str) -> dict:
     steps, losses = content["loss"]
     shares, budget = content["shares"], content["budget"]
     metric, dense, apt = content["accuracy"]
+    real = content["real_size"]
     return {
         "title": f"Adaptive patches for {TITLES[task]}",
         "intro": (
@@ -80,7 +123,8 @@ def page_of(task: str, content: dict, command: str) -> dict:
         "tiles": [
             {"value": f"{content['kept']:.0%}", "label": "of the content's tokens kept"},
             {"value": f"{dense:.1f} → {apt:.1f}", "label": f"{metric}, dense → APT"},
-            {"value": f"{content['speed']:.2f}x", "label": "speed of the whole model"},
+            {"value": f"{content['speed']:.2f}x", "label": "speed of this small model"},
+            {"value": f"{real['median']:.2f}x", "label": f"speed of {real['what']}"},
             {"value": f"{content['minutes']:.1f} min", "label": f"short fine-tune, {steps[-1]} iterations"},
         ],
         "table": content["table"],
@@ -88,7 +132,9 @@ def page_of(task: str, content: dict, command: str) -> dict:
         "methods": content["methods"],
         "speed": (
             f"{content['speed_text']} Adaptive patches make the trunk faster, and only it: in so small a model the "
-            "rest takes much of the time. tools/benchmark.py times the trunks of real size."
+            f"rest takes much of the time. At a real size they show: {real['what']}, with random weights and "
+            f"{real['kept']:.0%} of the tokens, was {real['median']:.2f} times as fast as the ordinary dense one "
+            f"({real['min']:.2f} to {real['max']:.2f} over pairs of runs, by tools/benchmark.py)."
         ),
         "machine": [
             ("hardware", content["hardware"]),

@@ -139,9 +139,13 @@ def compare_detections(image, truth, dense, apt, classes) -> tuple[str, list[tup
         names = [f"{classes[label]} {score:.2f}" for label, score in zip(found.labels.tolist(), found.scores.tolist())]
         masks = np.asarray(found.masks, dtype=bool)
         panel = detections(image, found.bboxes.numpy(), found.labels.numpy(), masks, names)
-        panels.append((f"{title}: {len(found)} objects", panel))
+        panels.append((f"{title}: {objects(len(found))}", panel))
     there = len(truth.gt_instances)
-    return f"An image of {there} objects. Boxes are drawn from a score of {SURE} on.", panels
+    return f"An image of {objects(there)}. Boxes are drawn from a score of {SURE} on.", panels
+
+
+def objects(count: int) -> str:
+    return f"{count} object{'s' * (count != 1)}"
 
 
 def compare_labels(image, truth, dense, apt, classes) -> tuple[str, list[tuple[str, Image.Image]]]:
