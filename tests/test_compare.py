@@ -69,6 +69,15 @@ def test_metrics_of_other_tasks_are_shown_as_they_are(tmp_path):
     assert compare.read_run(tmp_path)[0].metrics == {"accuracy/top1": 71.0}
 
 
+def test_a_run_of_another_task_is_compared_with_its_own_first_line():
+    def line(run, method, metric, speed):
+        return compare.Result(run, method, {metric: 50.0}, None, None, speed)
+
+    detection = [line("det", "dense", "box mAP", 10.0), line("det", "apt", "box mAP", 12.0)]
+    segmentation = [line("seg", "dense", "mIoU", 4.0), line("seg", "apt", "mIoU", 6.0)]
+    assert [result.relative_speed for result in compare.compare([detection, segmentation])] == [None, 1.2, None, 1.5]
+
+
 def test_lmms_evals_results(tmp_path):
     results = {
         "gqa": {"alias": "gqa", "exact_match,none": 0.61, "exact_match_stderr,none": "N/A"},

@@ -166,11 +166,14 @@ def newest(paths: Iterator[Path]) -> Path | None:
 
 
 def compare(runs: list[list[Result]]) -> list[Result]:
-    """All lines, each with what it differs by from its reference in the first run."""
-    first = runs[0][0]
+    """All lines, each with what it differs by from its reference: the same method of the first run, or that run's first
+    line; a run of another task, whose metrics are others, is compared to its own first line."""
     methods = {result.method: result for result in runs[0]}
-    references = [(result, first) for result in runs[0][1:]]
-    references += [(result, methods.get(result.method, first)) for results in runs[1:] for result in results]
+    references = [(result, runs[0][0]) for result in runs[0][1:]]
+    for results in runs[1:]:
+        of_first_run = [(result, methods.get(result.method, runs[0][0])) for result in results]
+        same_task = any(result.metrics.keys() & reference.metrics.keys() for result, reference in of_first_run)
+        references += of_first_run if same_task else [(result, results[0]) for result in results[1:]]
     for result, reference in references:
         shared = result.metrics.keys() & reference.metrics.keys()
         result.differences = {title: result.metrics[title] - reference.metrics[title] for title in shared}
