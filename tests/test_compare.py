@@ -83,7 +83,7 @@ def test_lmms_evals_results(tmp_path):
         "gqa": {"alias": "gqa", "exact_match,none": 0.61, "exact_match_stderr,none": "N/A"},
         "mme": {"total,none": 1500},
     }
-    throughput = {"additional_metrics": {"tokens_per_image": 400.0, "seconds_per_sample": 0.25}}
+    throughput = {"avg_speed": 57.9, "avg_tokens_per_image": 400.0, "avg_seconds_per_sample": 0.25}
     write(tmp_path / "llava" / "20260101_results.json", {"results": results, "throughput": throughput})
     (result,) = compare.read_run(tmp_path)
     assert result.metrics == {"gqa exact_match": 0.61, "mme total": 1500}

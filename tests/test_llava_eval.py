@@ -92,7 +92,8 @@ def test_offline_task_scores_as_counted_by_hand(checkpoint, data):
     results_tool = tool("photoshapes_vqa_results")
     with results_tool.task_manager(data) as manager:
         results = simple_evaluate(model(checkpoint), tasks=["photoshapes_vqa"], task_manager=manager)
-    assert "tokens_per_image" in json.dumps(results["throughput"], default=str)
+    compared = tool("compare").read_lmms_eval("of this test", results)
+    assert 0 < compared.tokens <= CELLS and compared.speed > 0
     lm, correct = model(checkpoint), []
     for record in json.loads((data / "vqa_validation.json").read_text()):
         image = results_tool.load(data, record["image"])

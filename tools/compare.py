@@ -116,18 +116,9 @@ def read_lmms_eval(name: str, content: dict) -> Result:
         for metric, value in measured.items()
         if isinstance(value, int | float) and "stderr" not in metric
     }
-    throughput = dict(numbers(content.get("throughput") or {}))
-    seconds = throughput.get("seconds_per_sample")
-    return Result(name, "", metrics, throughput.get("tokens_per_image"), None, 1 / seconds if seconds else None)
-
-
-def numbers(content: dict) -> Iterator[tuple[str, float]]:
-    """All numbers in nested dictionaries, with their innermost name."""
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from numbers(value)
-        elif isinstance(value, int | float):
-            yield name, value
+    throughput = content.get("throughput") or {}  # of what a model logs, lmms-eval writes averages
+    seconds = throughput.get("avg_seconds_per_sample")
+    return Result(name, "", metrics, throughput.get("avg_tokens_per_image"), None, 1 / seconds if seconds else None)
 
 
 def read_mmengine(path: Path) -> tuple[dict, Path] | None:
