@@ -162,7 +162,8 @@ def arguments(task, data, out, folder):
         return [*command, "--data", data, "--limit", "8", "--dense", folder]
     options = mm_options(data)
     if task == "det":
-        options["test_evaluator.ann_file"] = f"{data}/annotations/instances_validation.json"
+        for split in ("val", "test"):
+            options[f"{split}_evaluator.ann_file"] = f"{data}/annotations/instances_validation.json"
     return [*command, "--cfg-options", *(f"{name}={value}" for name, value in options.items())]
 
 
