@@ -159,7 +159,7 @@ def arguments(task, data, out, folder):
     """Of a demo of a minute."""
     command = [sys.executable, "tools/demo.py", task, "--out", out, "--pictures", "2"]
     if task == "llava":
-        return [*command, "--data", data, "--limit", "8", "--dense", folder]
+        return [*command, "--data", data, "--limit", "100", "--dense", folder]
     options = mm_options(data)
     if task == "det":
         for split in ("val", "test"):
