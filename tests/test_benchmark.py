@@ -203,6 +203,12 @@ def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, messag
     assert message in str(stop.value) + capsys.readouterr().err
 
 
+def test_configurations_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "nowhere.py"])
+    with pytest.raises(SystemExit, match=r"error: no configuration at nowhere.py; see det_configs/ and seg_configs/"):
+        runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+
+
 def test_images_are_cut_and_scaled_to_the_side(folder):
     (whole,) = load_images([str(folder / "half.png")], 128, 4)
     (cut,) = load_images([str(folder / "half.png")], 128, 4, aspect=4 / 3)

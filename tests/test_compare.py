@@ -123,6 +123,12 @@ def test_what_holds_no_results_is_named_in_one_line(name, content, message, tmp_
     assert line.startswith("error: ") and message in line and name in line
 
 
+def test_a_picture_is_no_table(tmp_path):
+    (tmp_path / "plot.png").write_bytes(b"\x89PNG")
+    done = run(tmp_path / "plot.png")
+    assert done.returncode == 1 and "plot.png is no table of" in done.stderr
+
+
 def test_a_real_test_is_read(tmp_path):
     """What mmengine writes today has the metrics that the run returns."""
     make_photoshapes.make_photoshapes(tmp_path / "data", train=1, val=2, size=128)

@@ -77,13 +77,18 @@ def surrounded(x):
     memory[1] = x
     return memory[1]
 
-add_shifted = resized_conv_triton._add_shifted
-resized_conv_triton._add_shifted = lambda out, maps, align: add_shifted(out, [surrounded(x) for x in maps], align)
+def add_surrounded(out, maps, align):
+    calls.append(out)
+    add_shifted(out, [surrounded(x) for x in maps], align)
+
+calls, add_shifted = [], resized_conv_triton._add_shifted
+resized_conv_triton._add_shifted = add_surrounded
 resized_conv.has_kernel = lambda x: True
 outputs = []
 for dtype, case in torch.load(sys.argv[1]):
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         outputs.append(resized_conv.conv3x3_of_resized(*case))
+assert len(calls) == len(outputs), "the kernel runs in every case"
 torch.save(outputs, sys.argv[1])
 """
 

@@ -90,7 +90,7 @@ def run(part: Part, folder: Path, common: list[str]) -> str | None:
     options = dict(cwd=ROOT, env=environment, timeout=60 * part.minutes)
     written = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     files = ["--json", str(written / f"{part.name}.json"), "--plot", str(written / f"{part.name}.png")]
-    command = [sys.executable, str(TOOL), *shlex.split(part.arguments), *common, *files]
+    command = [sys.executable, TOOL, *shlex.split(part.arguments), *common, *files]
     log = folder / f"{part.name}.log"
     with log.open("w") as output:
         try:

@@ -15,7 +15,7 @@ import warnings
 
 import torch
 from cli import parser_of, run
-from mmengine.config import Config
+from mm_config import read_config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="mmseg")  # about losses, which do not run here
     init_default_scope("mmseg")
-    model = Config.fromfile(args.config, import_custom_modules=False).model
+    model = read_config(args.config, import_custom_modules=False).model
     if model.get("decode_head", {}).get("type") != "FastUPerHead":
         raise ValueError(f"{args.config} has no decode_head of type FastUPerHead; name another segmentation config")
     on_gpu = args.device.startswith("cuda")

@@ -104,7 +104,7 @@ def read_table(name: str, path: Path) -> list[Result]:
             )
             for method, row in table["variants"].items()
         ]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # the last: no JSON, or no text at all
         raise ValueError(f"{path} is no table of tools/photoshapes_results.py or photoshapes_vqa_results.py") from error
 
 

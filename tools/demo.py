@@ -61,8 +61,7 @@ def mm_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
     experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
     results = measure(experiment, args.task, command)
     write_tables(results, folder)
-    images = Path(experiment.config(experiment.path("dense")).test_dataloader.dataset.data_root) / "images/validation"
-    real_size = time_real_size(args.task, experiment.steps, 1 - args.removed, images)
+    real_size = time_real_size(args.task, experiment.steps, 1 - args.removed, experiment.data / "images/validation")
     return {**demo_mm.content(experiment, results, args.pictures), "real_size": real_size}
 
 

@@ -44,13 +44,17 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def read_config(path: str) -> Config:
-    """An mmdetection or mmsegmentation configuration file; raises as ``load_config``."""
+def read_config(path: str, import_custom_modules: bool = True) -> Config:
+    """An mmdetection or mmsegmentation configuration file; raises as ``load_config``.
+
+    Args:
+        import_custom_modules: without, the toolbox that a configuration is for need not be installed.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration at {path}; see det_configs/ and seg_configs/")
     if Path(path).suffix not in (".py", ".json", ".yaml", ".yml"):
         raise ValueError(f"{path} is no configuration file; name one of det_configs/ or seg_configs/")
-    cfg = Config.fromfile(path)
+    cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
     if "model" not in cfg:
         raise ValueError(f"{path} configures no model; name one of det_configs/ or seg_configs/, not of _base_/")
     return cfg

@@ -132,12 +132,14 @@ class Experiment:
         self.trains_dense = dense is None
         if dense and not dense.is_file():
             raise FileNotFoundError(f"no checkpoint at {dense}; leave out --dense to train one")
-        data = Path(self.config(self.path("dense")).test_dataloader.dataset.data_root)
-        if not data.is_dir():
-            raise FileNotFoundError(f"no data at {data}; {advice_for(data)}")
+        self.data = Path(self.config(self.path("dense")).test_dataloader.dataset.data_root)
+        if not self.data.is_dir():
+            raise FileNotFoundError(f"no data at {self.data}; {advice_for(self.data)}")
         self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         code = fingerprint(ROOT / "apt_backbones", __file__, pattern="*.py")
-        self.steps = Steps(work_dir / "steps", {"data": fingerprint(data), "code": code, "versions": self.versions})
+        self.steps = Steps(
+            work_dir / "steps", {"data": fingerprint(self.data), "code": code, "versions": self.versions}
+        )
         self._dense = dense
 
     def path(self, method: str, rectangle: bool = False) -> str:

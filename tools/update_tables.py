@@ -54,6 +54,10 @@ def results(task: str) -> dict:
     return json.loads((ROOT / f"docs/results/photoshapes_{task}.json").read_text())
 
 
+def benchmark(name: str) -> dict:
+    return json.loads((ROOT / f"docs/benchmarks/{name}.json").read_text())
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns are to the right, but for the first."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -135,8 +139,7 @@ def vqa_speed(name: str) -> float:
 
 def bench(name: str) -> str:
     """One row per mode of the first model of a benchmark; ratios are medians (range) over pairs of runs in turn."""
-    measured = json.loads((ROOT / f"docs/benchmarks/{name}.json").read_text())
-    rows = []
+    measured, rows = benchmark(name), []
     for row in measured["results"][0]["rows"]:
         others = (row.get(f"speed_vs_{other}") for other in ("dense", "dense-rect"))
         versus = ["{median:.2f}x ({min:.2f}-{max:.2f})".format(**other) if other else "" for other in others]
@@ -149,7 +152,7 @@ def speeds() -> str:
     """One row per model: medians of its speed relative to the ordinary dense model, which has mmseg's own head."""
     rows = []
     for label, file, timed, modes in SPEEDS:
-        measured = json.loads((ROOT / f"docs/benchmarks/cpu/{file}.json").read_text())
+        measured = benchmark(f"cpu/{file}")
         (of,) = (result["rows"] for result in measured["results"] if result["title"].endswith(f", {timed}"))
         by_mode, dense = {row["mode"]: row for row in of}, of[0]["mode"]
         rows.append(

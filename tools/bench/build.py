@@ -48,9 +48,9 @@ def make_host(config: str | None, side: int | None, args: argparse.Namespace) ->
 
 
 def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, dict]:
-    from mmengine.config import Config
+    from mm_config import read_config
 
-    cfg = Config.fromfile(path, import_custom_modules=False)
+    cfg = read_config(path, import_custom_modules=False)
     arguments = {key: value for key, value in cfg.model.backbone.items() if key not in HOST_ONLY}
     arguments["with_cp"] = False
     if not arguments.get("thresholds"):
