@@ -8,7 +8,7 @@ EXTRAS = {
     "det": ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "onedl-mmdetection>=3.5.1"],
     "seg": ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=1.4.2"],
     "llava": ["transformers>=5.20", "accelerate>=1.15", "pillow"],
-    "eval": ["lmms-eval>=0.7.3"],
+    "eval": ["lmms-eval>=0.7.3", "filelock<4"],
     "tools": ["imageio[pyav]", "pycocotools", "scikit-image", "pooch"],
     "flash": ["flash-attn>=2.6"],
     "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pre-commit"],
