@@ -1,21 +1,26 @@
 """Adaptive Patch Transformers (arXiv 2510.18091) for dense prediction and vision-language models.
 
-Reading order: scores, layout, embed, attention, rotary, block, eva02. ``apt_backbones.mm`` registers the parts with the
+Reading order: scores, selection, layout, embed, attention, rotary, block, trunk, then ``backbones``, one file per
+network. ``apt_backbones.mm`` registers the parts with the
 OpenMMLab toolboxes; nothing here needs them.
 """
 
 from importlib import import_module
 
 from .attention import varlen_attention
-from .embed import AdaptivePatchEmbed, drop_at_random
+from .embed import AdaptivePatchEmbed
 from .freeze import freeze_host
 from .layout import PatchLayout, Segments
 from .rotary import apply_rotary, rotary_table
-from .scores import drop_padding, score_patches, select_patches
+from .scores import score_patches, select_patches
+from .selection import drop_at_random, drop_padding
 
 # These modules import timm, which takes seconds; whoever needs only the rest does not wait for it.
 _NEEDS_TIMM = {
-    "APTEva02": "eva02",
+    "APTEva02": "backbones.eva02",
+    "AdaptiveTrunk": "trunk",
+    "adapt": "backbones.timm_vit",
+    "find_trunk": "trunk",
     "convert_eva02": "checkpoint",
     "load_converted": "checkpoint",
     "read_checkpoint": "checkpoint",
@@ -24,12 +29,15 @@ _NEEDS_TIMM = {
 __all__ = [
     "APTEva02",
     "AdaptivePatchEmbed",
+    "AdaptiveTrunk",
     "PatchLayout",
     "Segments",
+    "adapt",
     "apply_rotary",
     "convert_eva02",
     "drop_at_random",
     "drop_padding",
+    "find_trunk",
     "freeze_host",
     "load_converted",
     "read_checkpoint",

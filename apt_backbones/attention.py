@@ -4,12 +4,13 @@ Legend: T tokens of the whole batch, N heads, H channels per head, S segments, L
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .layout import Segments
 
 BACKENDS = ("flash", "varlen", "sdpa")
 
@@ -18,19 +19,14 @@ def varlen_attention(
     q_TNH: Tensor,
     k_TNH: Tensor,
     v_TNH: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    lengths: Sequence[int] | None = None,
+    segments: Segments,
     backend: str | None = None,
 ) -> Tensor:
     """Scaled dot-product attention in which every token sees exactly the tokens of its own segment.
 
     Args:
         q_TNH, k_TNH, v_TNH: packed queries, keys, values (T, N, H).
-        cu_seqlens: int32 (S + 1,) on the same device: segment s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
-        max_seqlen: length of the longest segment.
-        lengths: the segments' lengths as Python ints; only "sdpa" needs them, and reads them off the device if they
-            are not given.
+        segments: which tokens see each other (``PatchLayout.images``, ``PatchLayout.windows``, ``Segments.of``).
         backend: "flash" (the flash-attn package), "varlen" (torch.nn.attention.varlen), "sdpa" (PyTorch's
             scaled_dot_product_attention, segments of equal length batched), or None for the first that can run.
 
@@ -48,8 +44,8 @@ def varlen_attention(
     elif reason := _why_not(backend, q_TNH.device, q_TNH.dtype, q_TNH.shape[-1]):
         raise RuntimeError(f"attention backend {backend!r} cannot be used: {reason}")
     if backend == "sdpa":
-        lengths = cu_seqlens.diff().tolist() if lengths is None else lengths
-        return _sdpa(q_TNH, k_TNH, v_TNH, tuple(lengths))
+        return _sdpa(q_TNH, k_TNH, v_TNH, segments.lengths)
+    packing = (segments.cu_seqlens, segments.cu_seqlens, segments.max_length, segments.max_length)
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -57,11 +53,11 @@ def varlen_attention(
         if head_dim % 8:  # the kernel divides by the root of the padded size
             q_TNH = q_TNH * (_padded(head_dim) / head_dim) ** 0.5
         q_TNH, k_TNH, v_TNH = map(_for_kernel, (q_TNH, k_TNH, v_TNH))
-        out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, *packing)
         return out_TNH[..., :head_dim]
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q_TNH, k_TNH, v_TNH, *packing)
 
 
 @lru_cache(maxsize=256)

@@ -1,101 +1,194 @@
-"""EVA-02's transformer block on packed tokens.
+"""timm's transformer blocks on packed tokens.
+
+A block's modules and parameters stay timm's. What changes: attention runs over packed segments; drop path skips whole
+images instead of rows; while they are frozen, separate projections to q, k and v are one matrix product, and so are
+SwiGLU's two; in training the gate of SwiGLU is recomputed instead of stored. A block that holds anything else than
+what is applied here is refused (``check_block``).
 
 Legend: T tokens of the whole batch, D channels, N heads, H channels per head.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.eva import EvaBlock
-from torch import Tensor
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import varlen_attention
-from .joined import JoinedLinears
+from .fused import FusedLinears
 from .layout import PatchLayout, Segments
 from .rotary import apply_rotary
 
+_PRE_NORM, _POST_NORM = (Block, EvaBlock), (EvaBlockPostNorm, ResPostBlock)
+_ATTENTION = (Attention, AttentionRope, EvaAttention)
+_MLP = (Mlp, GluMlp, SwiGLU)
 
-class PackedEvaBlock(EvaBlock):
-    """timm's EVA block with the same parameters. What changes:
 
-    - attention over packed segments;
-    - drop path per image instead of per row;
-    - while they are frozen, the projections to q, k and v are one matrix product, and so are SwiGLU's two;
-    - in training the gate of SwiGLU is recomputed instead of stored.
+class FusedBlock:
+    """The fused layers of one block."""
+
+    def __init__(self):
+        self.qkv, self.fc1 = FusedLinears(), FusedLinears()
+
+
+class Call(NamedTuple):
+    """What all blocks of a forward pass share.
 
     Attributes:
-        compile_options: arguments of ``torch.compile`` for what lies before and behind the attention kernel, or None.
+        layout: the batch.
+        backend: of attention, see ``varlen_attention``.
+        compile_options: arguments of ``torch.compile`` for what lies before and after the attention kernel, or None.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.compile_options: dict | None = None
-        self._qkv, self._fc1 = JoinedLinears(), JoinedLinears()
+    layout: PatchLayout
+    backend: str | None = None
+    compile_options: dict | None = None
 
-    def forward(
-        self, x_TD: Tensor, layout: PatchLayout, segments: Segments, rope: Tensor, backend: str | None
-    ) -> Tensor:
-        attn, mlp = self.attn, self.mlp
-        is_compiled = self.compile_options is not None
-        before, behind = PackedEvaBlock._before, PackedEvaBlock._behind
-        if is_compiled:
-            options = tuple(self.compile_options.items())
-            before, behind, rope = _compiled(before, options), _compiled(behind, options), torch.view_as_real(rope)
-        q, k, v = before(self, x_TD, rope, self._qkv.of((attn.q_proj, attn.k_proj, attn.v_proj)))
-        x_TNH = varlen_attention(q, k, v, segments.cu_seqlens, segments.max_length, segments.lengths, backend)
-        if is_compiled and x_TNH._base is not None:
-            x_TNH = x_TNH.clone()  # or else it would be compiled anew for every shape of what this is a view of
-        keep = [self._drop_path(layout, x_TD.dtype) for _ in range(2)]
-        return behind(self, x_TD, x_TNH, keep, self._fc1.of((mlp.fc1_g, mlp.fc1_x)))
 
-    def _before(self, x_TD: Tensor, rope: Tensor, joint: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values (T, N, H)."""
-        attn, x_TD = self.attn, self.norm1(x_TD)
-        if joint is None:
-            q, k, v = (
-                layer(x_TD).unflatten(-1, (attn.num_heads, -1)) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+def check_block(block: nn.Module) -> None:
+    """Raise unless ``run_block`` applies everything that a block does.
+
+    Raises:
+        TypeError: a block, attention or MLP of another class, named in the message.
+        ValueError: dropout of attention weights, which packed attention does not have.
+    """
+    for part, module, supported in (
+        ("blocks", block, _PRE_NORM + _POST_NORM),
+        ("attention", getattr(block, "attn", None), _ATTENTION),
+        ("an MLP", getattr(block, "mlp", None), _MLP),
+    ):
+        if type(module) not in supported:
+            raise TypeError(
+                f"{part} of class {type(module).__name__} cannot run on packed tokens (it may hold relative position "
+                f"biases or mix tokens in another way); supported are {', '.join(kind.__name__ for kind in supported)}"
             )
-            return apply_rotary(q, rope), apply_rotary(k, rope), v
-        qkv_3TNH = F.linear(x_TD, *joint).unflatten(-1, (3, attn.num_heads, -1)).transpose(0, 1)
-        q, k = apply_rotary(qkv_3TNH[:2], rope)
+    if block.attn.attn_drop.p:
+        raise ValueError("packed attention has no dropout of attention weights; create the model with attn_drop_rate=0")
+
+
+def run_block(
+    block: nn.Module, x_TD: Tensor, call: Call, segments: Segments, rotation: Tensor | None, fused: FusedBlock
+) -> Tensor:
+    """The tokens (T, D) after a block that passed ``check_block``.
+
+    Args:
+        block: timm's block.
+        x_TD: packed tokens.
+        call: what all blocks share.
+        segments: which tokens attend to each other in this block.
+        rotation: of queries and keys (``rotary.apply_rotary``), or None.
+        fused: the block's fused layers.
+    """
+    attn, mlp = block.attn, block.mlp
+    before, after = _before_attention, _after_attention
+    is_compiled = call.compile_options is not None
+    if is_compiled:
+        options = tuple(call.compile_options.items())
+        before, after = _compiled(before, options), _compiled(after, options)
+        rotation = None if rotation is None else torch.view_as_real(rotation)
+    qkv = fused.qkv.fuse((attn.q_proj, attn.k_proj, attn.v_proj)) if getattr(attn, "qkv", None) is None else None
+    fc1 = fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x)) if type(mlp) is SwiGLU else None
+    q, k, v, gate = before(block, x_TD, rotation, qkv)
+    x_TNH = varlen_attention(q, k, v, segments, call.backend)
+    if is_compiled and x_TNH._base is not None:
+        x_TNH = x_TNH.clone()  # or else it would be compiled anew for every shape of what this is a view of
+    keep = [_keep(drop, call.layout, x_TD.dtype) for drop in (block.drop_path1, block.drop_path2)]
+    return after(block, x_TD, x_TNH, gate, keep, fc1)
+
+
+def _before_attention(
+    block: nn.Module, x_TD: Tensor, rotation: Tensor | None, fused: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Rotated queries and keys and values (T, N, H), and the gate of attention's output."""
+    attn = block.attn
+    if type(block) in _PRE_NORM:
+        x_TD = block.norm1(x_TD)
+    gate = None if getattr(attn, "gate", None) is None else attn.gate(x_TD).sigmoid()
+    half = getattr(attn, "rotate_half", False)
+    is_plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    if fused is not None and is_plain and attn.q_proj.out_features == attn.k_proj.out_features:
+        qkv_3TNH = F.linear(x_TD, *fused).unflatten(-1, (3, attn.num_heads, -1)).transpose(0, 1)
         v = qkv_3TNH[2]
+        q, k = qkv_3TNH[:2] if rotation is None else apply_rotary(qkv_3TNH[:2], rotation, half)
         # The backward pass would keep all three for the sake of the values.
-        return q, k, v.contiguous() if v.requires_grad else v
+        return q, k, v.contiguous() if v.requires_grad else v, gate
+    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in _projected(attn, x_TD))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rotation is not None:
+        q, k = (apply_rotary(x, rotation, half) for x in (q, k))
+    if q.shape[1] != k.shape[1]:  # grouped queries
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return q.to(v.dtype), k.to(v.dtype), v, gate
 
-    def _behind(
-        self, x_TD: Tensor, x_TNH: Tensor, keep: list[Tensor | None], joint: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """The tokens after this block, given what attention made of them."""
-        x_TD = x_TD + _scale(self.attn.proj(x_TNH.flatten(1)), keep[0])
-        mlp, normed = self.mlp, self.norm2(x_TD)
-        if joint is None:
-            gate, hidden = mlp.fc1_g(normed), mlp.fc1_x(normed)
-        else:
-            gate, hidden = F.linear(normed, *joint).chunk(2, dim=-1)
-        if hidden.requires_grad and not torch.compiler.is_compiling():  # compilers choose themselves what to recompute
-            hidden = checkpoint(self._gated, gate, hidden, use_reentrant=False, preserve_rng_state=False)
-        else:
-            hidden = self._gated(gate, hidden)
-        return x_TD + _scale(mlp.fc2(hidden), keep[1])
 
-    def _gated(self, gate: Tensor, hidden: Tensor) -> Tensor:
-        return self.mlp.norm(self.mlp.act(gate) * hidden)
+def _projected(attn: nn.Module, x_TD: Tensor) -> tuple[Tensor, ...]:
+    if getattr(attn, "qkv", None) is None:
+        return attn.q_proj(x_TD), attn.k_proj(x_TD), attn.v_proj(x_TD)
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv(x_TD).chunk(3, dim=-1)
+    bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    qkv = attn.qkv(x_TD) + bias if attn.qkv_bias_separate else F.linear(x_TD, attn.qkv.weight, bias)
+    return qkv.chunk(3, dim=-1)
 
-    def _drop_path(self, layout: PatchLayout, dtype: torch.dtype) -> Tensor | None:
-        """Factor of every token's branch (T, 1): 0 for the images that skip it; None if nothing is ever skipped."""
-        rate = getattr(self.drop_path1, "drop_prob", 0.0)
-        if not rate or not self.training:
-            return None
-        keep_B = torch.empty(layout.batch_size, dtype=dtype, device=layout.image_T.device)
-        return keep_B.bernoulli_(1 - rate).div_(1 - rate)[layout.image_T][:, None]
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "PackedEvaBlock":
-        # The parameters move, so their joint memory would only linger.
-        self._qkv, self._fc1 = JoinedLinears(), JoinedLinears()
-        return super()._apply(fn, recurse)
+def _after_attention(
+    block: nn.Module,
+    x_TD: Tensor,
+    x_TNH: Tensor,
+    gate: Tensor | None,
+    keep: list[Tensor | None],
+    fused: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The tokens after a block, given what attention made of them."""
+    attn, is_pre_norm = block.attn, type(block) in _PRE_NORM
+    attended = attn.norm(x_TNH.flatten(1))
+    attended = attn.proj_drop(attn.proj(attended if gate is None else attended * gate))
+    attended = _layer_scale(block, 1, attended) if is_pre_norm else block.norm1(attended)
+    x_TD = x_TD + _scale(attended, keep[0])
+    if is_pre_norm:
+        return x_TD + _scale(_layer_scale(block, 2, _mlp(block.mlp, block.norm2(x_TD), fused)), keep[1])
+    return x_TD + _scale(block.norm2(_mlp(block.mlp, x_TD, fused)), keep[1])
+
+
+def _layer_scale(block: nn.Module, branch: int, x_TD: Tensor) -> Tensor:
+    if (scale := getattr(block, f"ls{branch}", None)) is not None:
+        return scale(x_TD)
+    gamma = getattr(block, f"gamma_{branch}", None)
+    return x_TD if gamma is None else gamma * x_TD
+
+
+def _mlp(mlp: nn.Module, x_TD: Tensor, fused: tuple[Tensor, Tensor] | None) -> Tensor:
+    if type(mlp) is not SwiGLU:
+        return mlp(x_TD)
+    gate, hidden = (mlp.fc1_g(x_TD), mlp.fc1_x(x_TD)) if fused is None else F.linear(x_TD, *fused).chunk(2, dim=-1)
+    is_dropped = mlp.training and mlp.drop1.p > 0
+    # Compilers choose themselves what to recompute.
+    if hidden.requires_grad and not is_dropped and not torch.compiler.is_compiling():
+        hidden = checkpoint(_gated, mlp, gate, hidden, use_reentrant=False, preserve_rng_state=False)
+    else:
+        hidden = _gated(mlp, gate, hidden)
+    return mlp.drop2(mlp.fc2(hidden))
+
+
+def _gated(mlp: SwiGLU, gate: Tensor, hidden: Tensor) -> Tensor:
+    return mlp.norm(mlp.drop1(mlp.act(gate) * hidden))
+
+
+def _keep(drop_path: nn.Module, layout: PatchLayout, dtype: torch.dtype) -> Tensor | None:
+    """Factor of every token's branch (T, 1): 0 for the images that skip it; None if nothing is ever skipped."""
+    rate = getattr(drop_path, "drop_prob", 0.0)
+    if not rate or not drop_path.training:
+        return None
+    keep_B = torch.empty(layout.batch_size, dtype=dtype, device=layout.image_T.device).bernoulli_(1 - rate)
+    if drop_path.scale_by_keep:
+        keep_B.div_(1 - rate)
+    return keep_B[layout.image_T][:, None]
 
 
 def _scale(branch_TD: Tensor, keep_T1: Tensor | None) -> Tensor:

@@ -236,9 +236,9 @@ def load_pretrained(trunk: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     weights = _timm_names(of_backbone or state_dict, trunk.patch_embed.proj.weight)
     weights = {k: v for k, v in weights.items() if not re.match(_PRETRAINING_ONLY, k)}
     if "pos_embed" in weights:
-        positions, grid = weights["pos_embed"], trunk.pretrain_grid
+        positions = weights["pos_embed"]
         has_cls_token = math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]
-        positions = resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=int(has_cls_token))
+        positions = resample_abs_pos_embed(positions, trunk.position_grid, num_prefix_tokens=int(has_cls_token))
         if has_cls_token and not trunk.num_prefix:
             positions = positions[:, 1:]
         weights["pos_embed"] = positions

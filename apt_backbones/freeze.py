@@ -1,5 +1,7 @@
 """Short fine-tuning: freeze a whole model but the layers that APT adds (APT, arXiv 2510.18091, section 3.4)."""
 
+from functools import partial
+
 from torch import nn
 
 NEW_LAYERS = ("conv_down", "zero_mlp")
@@ -25,16 +27,21 @@ def freeze_host(model: nn.Module) -> nn.Module:
             "nothing to train: the model has no ConvDown and ZeroMLP layers; "
             'give its backbone thresholds and merge="apt"'
         )
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """As ``freeze_host``, for a model that need not have new layers."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_new(name))
-
-    def train(mode: bool = True) -> nn.Module:
-        type(model).train(model, False)
-        model.training = mode
-        for name, module in model.named_modules():
-            if is_new(name):
-                module.training = mode
-        return model
-
-    model.train = train
+    model.train = partial(_train_new_layers, model)  # unlike a closure, copies and pickles follow the model
     return model.train(model.training)
+
+
+def _train_new_layers(model: nn.Module, mode: bool = True) -> nn.Module:
+    type(model).train(model, False)
+    model.training = mode
+    for name, module in model.named_modules():
+        if is_new(name):
+            module.training = mode
+    return model

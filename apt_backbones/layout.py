@@ -1,6 +1,6 @@
 """Where every token of a batch of variable-length sequences comes from, and how they are packed (APT, section 3).
 
-Legend: B images, H x W base cells per image, T tokens of the whole batch, D channels, P prefix (CLS) tokens.
+Legend: B images, H x W base cells per image, T tokens of the whole batch, D channels, P prefix (CLS, register) tokens.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .scores import DROPPED
@@ -24,6 +25,19 @@ class Segments:
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Segments":
+        """Segments of the given lengths."""
+        ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+        return cls(ends.to(torch.int32), tuple(lengths))
+
+    @classmethod
+    def of_ends(cls, ends_BW: Tensor, ends: Sequence[Sequence[int]]) -> "Segments":
+        """Segments that end before the given tokens, known on the device and on the host."""
+        ends = [end for row in ends for end in row]
+        cu_seqlens = F.pad(ends_BW.flatten(), (1, 0)).to(torch.int32)
+        return cls(cu_seqlens, tuple(end - start for start, end in zip([0, *ends], ends)))
 
     @cached_property
     def max_length(self) -> int:
@@ -54,7 +68,8 @@ class PatchLayout:
         token_BHW: int64 packed index of the token that covers each base cell; -1 where there is none.
         num_empty: how many cells of the batch have no token.
         images: segments of whole images (global attention).
-        windows: segments of windows; the same object as ``images`` if ``window`` is None.
+        windows: segments of windows; the same object as ``images`` if ``window`` is None. Prefix tokens belong to no
+            window: those of an image attend to each other only.
         sizes: side in pixels -> packed indices (int64) of the tokens of that side, base size first.
     """
 
@@ -82,91 +97,54 @@ class PatchLayout:
         num_prefix: int = 0,
         fill_dropped: bool = False,
     ) -> "PatchLayout":
-        """Layout of a selection; waits for the device once, to learn the lengths.
+        """Layout of a selection; one host-device synchronization, to learn the lengths.
 
         Args:
             sides_BHW: int64, side in pixels of the patch that covers each base cell (``select_patches``); 0 for
                 cells that get no token.
             patch_size: side of a base cell in pixels.
             sizes: the merged sizes that may occur, each twice the one before.
-            window: side of an attention window in base cells; None for one window per image. A grid that is no
+            window: side of an attention window in base cells; None for one window per image. A grid that is not a
                 multiple of the window has smaller last windows.
-            num_prefix: prefix tokens per image; only without windows.
+            num_prefix: prefix tokens per image.
             fill_dropped: let a dropped cell repeat the nearest token before it (in packed order, in its image)
                 instead of being empty.
 
         Raises:
-            ValueError: the window is no multiple of the largest patch, an image has NaN or infinite pixels, a side
-                occurs that is not listed, or prefix tokens are combined with windows.
+            ValueError: the window is not a multiple of the largest patch, an image has NaN or infinite pixels, or a
+                side occurs that is not listed.
         """
         all_sizes = (patch_size, *sizes)
-        check_window(window, max(all_sizes), patch_size, num_prefix)
+        check_window(window, max(all_sizes), patch_size)
         batch, height, width = sides_BHW.shape
         device = sides_BHW.device
+        image_B = torch.arange(batch, device=device)
         order_N, ends_W = _window_order(height, width, window, device)
-
-        row_H1 = torch.arange(height, device=device)[:, None]
-        column_W = torch.arange(width, device=device)
-        factor_BHW = torch.div(sides_BHW, patch_size, rounding_mode="floor").clamp_(min=1)
-        top_BHW = row_H1 - row_H1 % factor_BHW
-        left_BHW = column_W - column_W % factor_BHW
-        is_head_BHW = (top_BHW == row_H1) & (left_BHW == column_W) & (sides_BHW > 0)
+        top_BHW, left_BHW, is_head_BHW = _patch_heads(sides_BHW, patch_size)
         # Number of patch tokens up to and including each cell, counted in packed order.
         count_BN = is_head_BHW.flatten(1)[:, order_N].flatten().cumsum(0).view(batch, -1)
         ends_BW = count_BN[:, ends_W]
-
         is_head_SBHW = (sides_BHW == _as_tensor(all_sizes, device)[:, None, None, None]) & is_head_BHW
-        size_counts_S = is_head_SBHW.flatten(1).sum(1)
-        not_finite_B = (sides_BHW < 0).flatten(1).any(1)
-        report = torch.cat([ends_BW.flatten(), size_counts_S, not_finite_B]).tolist()  # the one wait for the device
-        ends, report = report[: ends_BW.numel()], report[ends_BW.numel() :]
-        size_counts, not_finite = report[: len(all_sizes)], report[len(all_sizes) :]
-        if any(not_finite):
-            bad = [image for image, is_bad in enumerate(not_finite) if is_bad]
-            raise ValueError(f"images {bad} of the batch have NaN or infinite pixels")
-        if sum(size_counts) != ends[-1]:
-            raise ValueError(f"the selection holds patch sides other than {all_sizes}")
+        ends, size_counts = _read_counts(ends_BW, is_head_SBHW, sides_BHW, all_sizes)
 
-        image_ends = ends[len(ends_W) - 1 :: len(ends_W)]
-        image_lengths = tuple(end - start + num_prefix for start, end in zip([0, *image_ends], image_ends))
-        image_B = torch.arange(batch, device=device)
-        images = Segments(_starts_and_end(ends_BW[:, -1] + (image_B + 1) * num_prefix), image_lengths)
-        windows = images
-        if window is not None:
-            lengths = tuple(end - start for start, end in zip([0, *ends], ends))
-            windows = Segments(_starts_and_end(ends_BW.flatten()), lengths)
+        image_ends_B = ends_BW[:, -1:] + (image_B[:, None] + 1) * num_prefix
+        images = Segments.of_ends(image_ends_B, [[row[-1] + (i + 1) * num_prefix] for i, row in enumerate(ends)])
+        windows = images if window is None else _window_segments(ends_BW, ends, num_prefix)
 
         # Packed index of the token headed by each cell, behind the prefixes of this and all earlier images.
         count_BHW = torch.empty_like(count_BN).index_copy_(1, order_N, count_BN).view(batch, height, width)
         index_BHW = count_BHW - 1 + (image_B[:, None, None] + 1) * num_prefix
         token_BHW = index_BHW[image_B[:, None, None], top_BHW, left_BHW]
-        num_empty = sides_BHW.numel() - sum(
-            count * (size // patch_size) ** 2 for size, count in zip(all_sizes, size_counts)
-        )
+        num_covered = sum(count * (size // patch_size) ** 2 for size, count in zip(all_sizes, size_counts))
+        num_empty = sides_BHW.numel() - num_covered
         if fill_dropped:  # the count at a dropped cell is already that of the token before it
             first_B = images.cu_seqlens[:-1].long() + num_prefix
             token_BHW, num_empty = token_BHW.maximum(first_B[:, None, None]), 0
         elif num_empty:
             token_BHW.masked_fill_(sides_BHW == DROPPED, -1)
 
-        # Cells that head no token write to an extra slot: unlike a boolean index, this needs no wait.
-        num_tokens, num_patches = sum(image_lengths), sum(size_counts)
-        cell_T = torch.full((num_tokens + 1,), -1, device=device)
-        slot_BHW = torch.where(is_head_BHW, index_BHW, num_tokens)
-        cell_T = cell_T.scatter_(0, slot_BHW.flatten(), torch.arange(slot_BHW.numel(), device=device))[:-1]
-        place_T = cell_T % (height * width)
-        row_T, column_T = place_T // width, place_T % width
-        side_T = sides_BHW.flatten()[cell_T]
-        if num_prefix:
-            is_prefix_T = cell_T < 0
-            row_T, column_T = row_T.masked_fill(is_prefix_T, -1), column_T.masked_fill(is_prefix_T, -1)
-            side_T = side_T.masked_fill(is_prefix_T, 0)
-        # All sizes' tokens, one size behind the other.
-        is_head_N = is_head_SBHW.flatten()
-        rank_N = torch.where(is_head_N, is_head_N.cumsum(0) - 1, num_patches)
-        tokens = torch.empty(num_patches + 1, dtype=torch.int64, device=device)
-        tokens = tokens.scatter_(0, rank_N, index_BHW.expand(is_head_SBHW.shape).flatten())[:-1]
-
+        num_tokens = sum(images.lengths)
+        row_T, column_T, side_T = _token_places(sides_BHW, is_head_BHW, index_BHW, num_tokens, num_prefix)
         return cls(
             patch_size=patch_size,
             grid=(height, width),
@@ -180,7 +158,7 @@ class PatchLayout:
             num_empty=num_empty,
             images=images,
             windows=windows,
-            sizes=dict(zip(all_sizes, tokens.split(size_counts))),
+            sizes=dict(zip(all_sizes, _tokens_by_size(is_head_SBHW, index_BHW, size_counts))),
         )
 
     @classmethod
@@ -206,6 +184,11 @@ class PatchLayout:
         return len(self.image_T)
 
     @property
+    def is_prefix_T(self) -> Tensor:
+        """Which tokens are prefix tokens, bool (T,)."""
+        return self.side_T == 0
+
+    @property
     def num_patches(self) -> tuple[int, ...]:
         """Patch tokens per image, without prefix tokens."""
         return tuple(length - self.num_prefix for length in self.images.lengths)
@@ -228,28 +211,105 @@ class PatchLayout:
         The inverse of ``to_map`` for maps that are constant over each patch.
         """
         tokens_TD = map_BDHW[self.image_T, :, self.row_T, self.column_T]
-        return tokens_TD if not self.num_prefix else tokens_TD.masked_fill((self.side_T == 0)[:, None], 0)
+        return tokens_TD if not self.num_prefix else tokens_TD.masked_fill(self.is_prefix_T[:, None], 0)
 
     def split(self, tokens_TD: Tensor) -> list[Tensor]:
         """Per image its patch tokens (n_i, D), in packed order and without prefix tokens."""
         return [tokens[self.num_prefix :] for tokens in tokens_TD.split(self.images.lengths)]
 
+    def prefix(self, tokens_TD: Tensor) -> Tensor:
+        """The images' prefix tokens (B, P, D)."""
+        starts_B1 = self.images.cu_seqlens[:-1, None].long()
+        return tokens_TD[starts_B1 + torch.arange(self.num_prefix, device=starts_B1.device)]
 
-def check_window(window: int | None, largest: int, patch_size: int, num_prefix: int = 0) -> None:
+    def to_sequence(self, tokens_TD: Tensor) -> Tensor:
+        """Prefix tokens, then every base cell's token in raster order: (T, D) -> (B, P + H * W, D), as a dense ViT
+        has them. Differentiable."""
+        cells_BND = self.to_map(tokens_TD).permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.cat([self.prefix(tokens_TD), cells_BND], dim=1) if self.num_prefix else cells_BND
+
+
+def check_window(window: int | None, largest: int, patch_size: int) -> None:
     """Raise unless every patch lies in exactly one window; sides of window in cells, of patches in pixels."""
-    if window is None:
-        return
-    if window < 1 or window * patch_size % largest:
+    if window is not None and (window < 1 or window * patch_size % largest):
         raise ValueError(
-            f"the window side of {window} cells ({window * patch_size} pixels) is no multiple of the largest patch, "
+            f"the window side of {window} cells ({window * patch_size} pixels) is not a multiple of the largest patch, "
             f"{largest} pixels; choose another window or leave out thresholds of the larger sizes"
         )
+
+
+def _patch_heads(sides_BHW: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of the top-left cell of the patch over each cell, and which cells are that cell themselves."""
+    height, width = sides_BHW.shape[1:]
+    row_H1 = torch.arange(height, device=sides_BHW.device)[:, None]
+    column_W = torch.arange(width, device=sides_BHW.device)
+    factor_BHW = torch.div(sides_BHW, patch_size, rounding_mode="floor").clamp_(min=1)
+    top_BHW = row_H1 - row_H1 % factor_BHW
+    left_BHW = column_W - column_W % factor_BHW
+    return top_BHW, left_BHW, (top_BHW == row_H1) & (left_BHW == column_W) & (sides_BHW > 0)
+
+
+def _read_counts(
+    ends_BW: Tensor, is_head_SBHW: Tensor, sides_BHW: Tensor, all_sizes: tuple[int, ...]
+) -> tuple[list[list[int]], list[int]]:
+    """On the host: patch tokens up to the end of each window, per image; and tokens of each size.
+
+    Raises:
+        ValueError: as ``PatchLayout.build``.
+    """
+    not_finite_B = (sides_BHW < 0).flatten(1).any(1)
+    report = torch.cat([ends_BW.flatten(), is_head_SBHW.flatten(1).sum(1), not_finite_B])
+    report = report.tolist()  # the one host-device synchronization
+    batch, windows = ends_BW.shape
+    ends = [report[start : start + windows] for start in range(0, batch * windows, windows)]
+    size_counts, not_finite = report[batch * windows : -batch], report[-batch:]
+    if any(not_finite):
+        bad = [image for image, is_bad in enumerate(not_finite) if is_bad]
+        raise ValueError(f"images {bad} of the batch have NaN or infinite pixels")
+    if sum(size_counts) != ends[-1][-1]:
+        raise ValueError(f"the selection holds patch sides other than {all_sizes}")
+    return ends, size_counts
+
+
+def _window_segments(ends_BW: Tensor, ends: list[list[int]], num_prefix: int) -> Segments:
+    """Windows; an image's prefix tokens, which belong to none, are a segment of their own in front of them."""
     if num_prefix:
-        raise ValueError("prefix tokens belong to no window; use window=None with them")
+        prefix_B1 = (torch.arange(len(ends), device=ends_BW.device)[:, None] + 1) * num_prefix
+        start_B1 = F.pad(ends_BW[:-1, -1:], (0, 0, 1, 0))
+        ends_BW = torch.cat([start_B1, ends_BW], dim=1) + prefix_B1
+        starts = [0, *(row[-1] for row in ends)]
+        ends = [
+            [end + (image + 1) * num_prefix for end in (start, *row)]
+            for image, (start, row) in enumerate(zip(starts, ends))
+        ]
+    return Segments.of_ends(ends_BW, ends)
 
 
-def _starts_and_end(ends: Tensor) -> Tensor:
-    return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+def _token_places(
+    sides_BHW: Tensor, is_head_BHW: Tensor, index_BHW: Tensor, num_tokens: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-left row and column and the side of every token."""
+    height, width = sides_BHW.shape[1:]
+    # Cells that head no token write to an extra slot: unlike a boolean index, this needs no synchronization.
+    cell_T = torch.full((num_tokens + 1,), -1, device=sides_BHW.device)
+    slot_BHW = torch.where(is_head_BHW, index_BHW, num_tokens)
+    cell_T = cell_T.scatter_(0, slot_BHW.flatten(), torch.arange(slot_BHW.numel(), device=cell_T.device))[:-1]
+    place_T = cell_T % (height * width)
+    row_T, column_T, side_T = place_T // width, place_T % width, sides_BHW.flatten()[cell_T]
+    if num_prefix:
+        is_prefix_T = cell_T < 0
+        row_T, column_T = row_T.masked_fill(is_prefix_T, -1), column_T.masked_fill(is_prefix_T, -1)
+        side_T = side_T.masked_fill(is_prefix_T, 0)
+    return row_T, column_T, side_T
+
+
+def _tokens_by_size(is_head_SBHW: Tensor, index_BHW: Tensor, size_counts: list[int]) -> tuple[Tensor, ...]:
+    """Packed indices of the tokens of each size."""
+    is_head_N, num_patches = is_head_SBHW.flatten(), sum(size_counts)
+    rank_N = torch.where(is_head_N, is_head_N.cumsum(0) - 1, num_patches)
+    tokens = torch.empty(num_patches + 1, dtype=torch.int64, device=index_BHW.device)
+    tokens.scatter_(0, rank_N, index_BHW.expand(is_head_SBHW.shape).flatten())
+    return tokens[:-1].split(size_counts)
 
 
 # What is kept must be usable in training, even if the first to ask for it was in inference mode.

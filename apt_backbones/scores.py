@@ -86,33 +86,6 @@ def select_patches(
     return sides_BHW.masked_fill(not_finite_B, NOT_FINITE)
 
 
-def drop_padding(sides_BHW: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """Give no token to patches that lie wholly inside padding.
-
-    Data pipelines pad after normalisation with exact zeros, which no normalised pixel equals, so padding shows in the
-    batch itself. A patch that holds any content is kept whole, and so is the first cell of an image.
-
-    Args:
-        sides_BHW: a selection, as ``select_patches`` gives.
-        images: normalised images (B, 3, H * patch_size, W * patch_size).
-        patch_size: side of the base patch in pixels.
-
-    Returns:
-        sides_BHW with ``DROPPED`` in the cells of such patches.
-    """
-    height, width = sides_BHW.shape[1:]
-    pixels = (images != 0).any(1).unflatten(1, (height, patch_size)).unflatten(3, (width, patch_size))
-    has_content_BHW = pixels.any(4).any(2)
-    has_content_BHW[:, 0, 0] = True
-    factor_BHW = sides_BHW.clamp(min=patch_size) // patch_size
-    row_H1 = torch.arange(height, device=images.device)[:, None]
-    column_W = torch.arange(width, device=images.device)
-    head_BHW = (row_H1 - row_H1 % factor_BHW) * width + column_W - column_W % factor_BHW  # cell that heads the patch
-    head_BN, has_content_BN = head_BHW.flatten(1), has_content_BHW.flatten(1)
-    num_content_BN = torch.zeros_like(head_BN).scatter_add_(1, head_BN, has_content_BN.long())
-    return sides_BHW.where(num_content_BN.gather(1, head_BN).view_as(sides_BHW) > 0, DROPPED)
-
-
 def check_images(images: Tensor) -> None:
     """Raise unless images are a non-empty float batch (B, 3, H, W)."""
     if images.ndim != 4 or images.shape[1] != 3:

@@ -7,7 +7,9 @@ from transformers import BatchFeature
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from .patches import check_modes, denormalise, patch_sides, resolve_thresholds
+from apt_backbones.selection import undo_normalization
+
+from .patches import check_modes, patch_sides, resolve_thresholds
 
 MAX_ASPECT_RATIO = 50  # the longer side after resizing the shorter one, before the crop, in units of the shorter
 
@@ -79,11 +81,13 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
         if len({image.shape for image in features["pixel_values"]}) > 1:
             raise ValueError("images have several sizes after processing; leave do_center_crop or do_pad on")
         pixels = torch.stack(list(features["pixel_values"])).float()
-        if do_normalize:
-            pixels = denormalise(pixels, image_mean, image_std)
-        if in_unit_range:
-            pixels = 255 * pixels
-        features["patch_sides"] = list(patch_sides(pixels, thresholds, patch_size, scorer, merge))
+        scale = 255 if in_unit_range else 1
+        mean, std = (image_mean, image_std) if do_normalize else ((0,) * 3, (1,) * 3)
+        pixels = undo_normalization(pixels, [scale * x for x in mean], [scale * x for x in std])
+        sides_BHW = patch_sides(pixels, thresholds, patch_size, scorer, merge)
+        if (bad := (sides_BHW < 0).flatten(1).any(1)).any():
+            raise ValueError(f"images {bad.nonzero().flatten().tolist()} of the batch have NaN or infinite pixels")
+        features["patch_sides"] = list(sides_BHW)
         return BatchFeature(features.data, tensor_type=return_tensors)
 
 

@@ -16,9 +16,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from apt_backbones import AdaptivePatchEmbed, PatchLayout, varlen_attention
 from apt_backbones.layout import Segments
+from apt_backbones.selection import layout_of, undo_normalization
 
 from .configuration import AptClipVisionConfig
-from .patches import denormalise, unchecked_patch_sides
+from .patches import patch_sides as selected_sides
 
 PACKED_ATTENTION = "apt_packed"
 
@@ -28,7 +29,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over ``varlen_attention``: every token sees the tokens of its own image."""
     q_TNH, k_TNH, v_TNH = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
-    out_TNH = varlen_attention(q_TNH, k_TNH, v_TNH, segments.cu_seqlens, segments.max_length, segments.lengths)
+    out_TNH = varlen_attention(q_TNH, k_TNH, v_TNH, segments)
     return out_TNH[None], None
 
 
@@ -72,11 +73,11 @@ class AptClipVisionModel(CLIPVisionModel):
     def _init_weights(self, module: nn.Module) -> None:
         # transformers would fill both new layers with its normal distribution. CLIP's own __init__ comes here, too.
         new_layers = dict(self.adaptive_embed.named_children()) if hasattr(self, "adaptive_embed") else {}
-        if module is new_layers.get("conv_down"):
-            initialization.kaiming_uniform_(module.weight, a=5**0.5)  # nn.Conv2d's own
-            initialization.zeros_(module.bias)
-        elif module is new_layers.get("zero_mlp"):
+        if module is new_layers.get("zero_mlp") and self.adaptive_embed.merge == "apt":
             initialization.zeros_(module.weight)
+            initialization.zeros_(module.bias)
+        elif module in new_layers.values() and not isinstance(module, nn.Identity):
+            initialization.kaiming_uniform_(module.weight, a=5**0.5)  # torch's own
             initialization.zeros_(module.bias)
         else:
             super()._init_weights(module)
@@ -86,7 +87,7 @@ class AptClipVisionModel(CLIPVisionModel):
     def forward(self, pixel_values: Tensor, patch_sides: Tensor | None = None, **kwargs) -> PackedVisionOutput:
         """
         Args:
-            pixel_values: normalised images (B, 3, image_size, image_size).
+            pixel_values: normalized images (B, 3, image_size, image_size).
             patch_sides: (B, H, W) side in pixels of the patch over each base cell, as the processor hands it on.
                 If it is None, the tower scores the pixels itself, in float32; from half-precision pixels the
                 result can differ from the processor's.
@@ -104,10 +105,10 @@ class AptClipVisionModel(CLIPVisionModel):
         pixel_values = pixel_values.to(self.dtype)
         x_TD = self.adaptive_embed(pixel_values, layout, self.embeddings.patch_embedding, self._positions())
         class_embedding = self.embeddings.class_embedding + self.embeddings.position_embedding.weight[0]
-        x_TD = torch.where((layout.side_T == 0)[:, None], class_embedding, x_TD.to(class_embedding.dtype))
+        x_TD = torch.where(layout.is_prefix_T[:, None], class_embedding, x_TD.to(class_embedding.dtype))
         x_1TD = self.pre_layrnorm(x_TD[None])
         x_1TD = self.encoder(inputs_embeds=x_1TD, segments=layout.images, **kwargs).last_hidden_state
-        class_BD = self.post_layernorm(x_1TD[0, layout.images.cu_seqlens[:-1].long()])
+        class_BD = self.post_layernorm(layout.prefix(x_1TD[0])[:, 0])
         return PackedVisionOutput(last_hidden_state=x_1TD, pooler_output=class_BD, layout=layout)
 
     def _layout(self, pixel_values: Tensor, sides_BHW: Tensor | None) -> PatchLayout:
@@ -117,22 +118,17 @@ class AptClipVisionModel(CLIPVisionModel):
             return PatchLayout.dense(len(pixel_values), grid, config.patch_size, num_prefix=1, device=self.device)
         is_given = sides_BHW is not None
         if not is_given:
-            pixels = 255 * denormalise(pixel_values, config.image_mean, config.image_std)
-            sides_BHW = unchecked_patch_sides(pixels, config.thresholds, config.patch_size, config.scorer, config.merge)
+            mean, std = ([255 * x for x in values] for values in (config.image_mean, config.image_std))
+            pixels = undo_normalization(pixel_values, mean, std)
+            sides_BHW = selected_sides(pixels, config.thresholds, config.patch_size, config.scorer, config.merge)
         if tuple(sides_BHW.shape) != (len(pixel_values), *grid):
             raise ValueError(
                 f"patch_sides have shape {tuple(sides_BHW.shape)}, but {len(pixel_values)} images of {grid} patches "
                 f"were given: pass the processor's pixel_values and patch_sides together"
             )
-        sizes = () if config.merge == "random" else tuple(config.thresholds)
+        sides_BHW = sides_BHW.to(pixel_values.device).long()
         try:
-            return PatchLayout.build(
-                sides_BHW.to(pixel_values.device).long(),
-                config.patch_size,
-                sizes,
-                num_prefix=1,
-                fill_dropped=config.merge == "random",
-            )
+            return layout_of(sides_BHW, config.thresholds, config.patch_size, config.merge, num_prefix=1)
         except ValueError as error:
             if not is_given:
                 raise

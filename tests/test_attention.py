@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apt_backbones import attention, varlen_attention
+from apt_backbones import Segments, attention, varlen_attention
 
 LENGTHS = [(7,), (4, 4, 4), (5, 1, 9, 5), (0, 3, 0, 3, 8, 0)]
 
@@ -12,8 +12,7 @@ LENGTHS = [(7,), (4, 4, 4), (5, 1, 9, 5), (0, 3, 0, 3, 8, 0)]
 def packed(lengths, num_heads=3, head_dim=16, device="cpu", dtype=torch.float32):
     total = sum(lengths)
     qkv = [torch.randn(total, num_heads, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    return *qkv, cu_seqlens
+    return *qkv, Segments.of(lengths, device)
 
 
 def masked_dense(q, k, v, lengths):
@@ -35,10 +34,9 @@ def assert_equals_masked(out, q, k, v, lengths):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("lengths_known", [True, False])
-def test_equals_a_block_diagonal_mask_forward_and_backward(lengths, lengths_known):
-    q, k, v, cu_seqlens = packed(lengths)
-    out = varlen_attention(q, k, v, cu_seqlens, max(lengths), lengths if lengths_known else None)
+def test_equals_a_block_diagonal_mask_forward_and_backward(lengths):
+    q, k, v, segments = packed(lengths)
+    out = varlen_attention(q, k, v, segments)
     assert_equals_masked(out, q, k, v, lengths)
 
 
@@ -46,21 +44,21 @@ def test_odd_head_sizes_and_strided_inputs():
     lengths = (5, 3, 5)
     qkv = torch.randn(13, 2, 3 * 5)
     q, k, v = qkv.split(5, dim=-1)
-    out = varlen_attention(q, k, v, torch.tensor([0, 5, 8, 13], dtype=torch.int32), 5, lengths)
+    out = varlen_attention(q, k, v, Segments.of(lengths))
     torch.testing.assert_close(out, masked_dense(q, k, v, lengths), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
 def test_an_impossible_backend_says_why(backend):
-    q, k, v, cu_seqlens = packed((4, 4))
+    q, k, v, segments = packed((4, 4))
     with pytest.raises(RuntimeError, match=f"{backend}.*NVIDIA GPUs only.*'cpu'"):
-        varlen_attention(q, k, v, cu_seqlens, 4, backend=backend)
+        varlen_attention(q, k, v, segments, backend=backend)
 
 
 def test_an_unknown_backend_names_the_known_ones():
-    q, k, v, cu_seqlens = packed((4, 4))
+    q, k, v, segments = packed((4, 4))
     with pytest.raises(ValueError, match="flash, varlen, sdpa"):
-        varlen_attention(q, k, v, cu_seqlens, 4, backend="xformers")
+        varlen_attention(q, k, v, segments, backend="xformers")
 
 
 def strict_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k):
@@ -76,10 +74,10 @@ def test_kernels_get_the_inputs_that_they_can_read(monkeypatch, head_dim, stride
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", strict_kernel)
     monkeypatch.setattr(attention, "_why_not", lambda *_: None)
     lengths = (5, 3, 5)
-    q, k, v, cu_seqlens = packed(lengths, head_dim=head_dim)
+    q, k, v, segments = packed(lengths, head_dim=head_dim)
     if strided:
         q, k, v = torch.randn(13, 3, 3 * head_dim, requires_grad=True).split(head_dim, dim=-1)
-    out = varlen_attention(q, k, v, cu_seqlens, 5, lengths, backend="varlen")
+    out = varlen_attention(q, k, v, segments, backend="varlen")
     assert_equals_masked(out, q, k, v, lengths)
 
 
@@ -97,8 +95,8 @@ def test_inputs_are_copied_only_if_they_must_be():
 @pytest.mark.parametrize("lengths", [*LENGTHS, (1024, 300, 1024)])
 @pytest.mark.parametrize("head_dim", [20, 24, 40, 64, 72, 80])
 def test_gpu_kernels_equal_float32(lengths, head_dim):
-    q, k, v, cu_seqlens = packed(lengths, head_dim=head_dim, device="cuda", dtype=torch.bfloat16)
-    out = varlen_attention(q, k, v, cu_seqlens, max(lengths), lengths, backend="varlen")
+    q, k, v, segments = packed(lengths, head_dim=head_dim, device="cuda", dtype=torch.bfloat16)
+    out = varlen_attention(q, k, v, segments, backend="varlen")
     expected = masked_dense(q.float(), k.float(), v.float(), lengths)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
     upstream = torch.randn_like(out)
@@ -110,8 +108,8 @@ def test_gpu_kernels_equal_float32(lengths, head_dim):
 
 @pytest.mark.gpu
 def test_gpu_float32_falls_back_to_sdpa_and_says_why_it_must():
-    q, k, v, cu_seqlens = packed((4, 6), head_dim=64, device="cuda")
-    out = varlen_attention(q, k, v, cu_seqlens, 6, (4, 6))
+    q, k, v, segments = packed((4, 6), head_dim=64, device="cuda")
+    out = varlen_attention(q, k, v, segments)
     torch.testing.assert_close(out, masked_dense(q, k, v, (4, 6)), atol=1e-5, rtol=0)
     with pytest.raises(RuntimeError, match="float16 or bfloat16"):
-        varlen_attention(q, k, v, cu_seqlens, 6, backend="varlen")
+        varlen_attention(q, k, v, segments, backend="varlen")

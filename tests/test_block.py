@@ -1,4 +1,4 @@
-"""The block's fast ways of running equal its plain one: joint projections, recomputed gates, compiled functions."""
+"""The block's fast ways of running equal its plain one: fused projections, recomputed gates, compiled functions."""
 
 import copy
 import io
@@ -8,7 +8,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from apt_backbones import freeze_host
-from apt_backbones.joined import JoinedLinears
+from apt_backbones.block import Call, FusedBlock, run_block
+from apt_backbones.fused import FusedLinears
 from tests.golden import relative_error
 from tests.test_eva02 import WINDOWS, pictures, tiny
 
@@ -20,16 +21,16 @@ def layers(*outputs, bias=(True, False, True), inputs=12):
     return [torch.nn.Linear(inputs, n, bias=b).requires_grad_(False) for n, b in zip(outputs, bias)]
 
 
-def assert_joined(joined, parts, x):
+def assert_fused(fused, parts, x):
     expected = torch.cat([part(x) for part in parts], dim=-1)
-    torch.testing.assert_close(torch.nn.functional.linear(x, *joined.of(parts)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.nn.functional.linear(x, *fused.fuse(parts)), expected, atol=1e-5, rtol=0)
 
 
-def test_joint_weights_are_the_layers_own_memory():
-    joined, parts, x = JoinedLinears(), layers(12, 12, 8), torch.randn(5, 12)
-    assert_joined(joined, parts, x)
-    weight, bias = joined.of(parts)
-    assert joined.of(parts)[0] is weight, "joined once"
+def test_fused_weights_are_the_layers_own_memory():
+    fused, parts, x = FusedLinears(), layers(12, 12, 8), torch.randn(5, 12)
+    assert_fused(fused, parts, x)
+    weight, bias = fused.fuse(parts)
+    assert fused.fuse(parts)[0] is weight, "fused once"
     own = {part.weight.untyped_storage().data_ptr() for part in parts}
     assert own == {weight.untyped_storage().data_ptr()}
     assert torch.equal(bias[12:24], torch.zeros(12)), "the second layer has no bias"
@@ -63,27 +64,27 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_joint_weights_are_never_stale(change):
-    joined, parts = JoinedLinears(), layers(12, 12, 8)
-    joined.of(parts)
+def test_fused_weights_are_never_stale(change):
+    fused, parts = FusedLinears(), layers(12, 12, 8)
+    fused.fuse(parts)
     before = [part(torch.ones(12, dtype=part.weight.dtype)) for part in parts]
     change(parts)
     x = torch.ones(12, dtype=parts[0].weight.dtype)
     assert any(not torch.equal(part(x), old) for part, old in zip(parts, before))
-    assert_joined(joined, parts, x)
+    assert_fused(fused, parts, x)
 
 
 def test_layers_that_train_or_are_no_plain_linear_layers_are_left_alone():
     parts = layers(12, 12, 8)
     addresses = [part.weight.data_ptr() for part in parts]
     parts[1].weight.requires_grad_()
-    assert JoinedLinears().of(parts) is None
+    assert FusedLinears().fuse(parts) is None
     parts[1].weight.requires_grad_(False)
 
     class Adapted(torch.nn.Linear):
         pass
 
-    assert JoinedLinears().of([*parts[:2], Adapted(12, 8).requires_grad_(False)]) is None
+    assert FusedLinears().fuse([*parts[:2], Adapted(12, 8).requires_grad_(False)]) is None
     assert [part.weight.data_ptr() for part in parts] == addresses
 
 
@@ -159,13 +160,13 @@ def test_a_frozen_block_stores_no_inputs_of_its_weights(options):
     model, images = freeze_host(tiny(thresholds=THRESHOLDS, **options)), pictures(2, 128, 128)
     layout = model.layout(images)
     x = torch.randn(layout.num_tokens, 48, requires_grad=True)
-    block, rope = model.blocks[0], model._rope(layout)[0]
-    forward = lambda: block(x, layout, layout.images, rope, None)  # noqa: E731
-    forward()  # joins the weights
+    block, rotation, fused = model.blocks[0], model.rotations(layout)[0], FusedBlock()
+    forward = lambda: run_block(block, x, Call(layout), layout.images, rotation, fused)  # noqa: E731
+    forward()  # fuses the weights
     hidden = block.mlp.fc2.in_features
     statistics = 2 * 2 * 4 + 3 * 4  # bytes: mean and deviation of two norms, log-sum-exp of three heads
     expected = layout.num_tokens * (4 * (6 * 48 + 2 * hidden) + statistics)
-    measured = saved_bytes(forward, rope, *block.parameters())
+    measured = saved_bytes(forward, rotation, *block.parameters())
     assert expected * 0.95 <= measured <= expected * 1.05
 
 
@@ -201,7 +202,7 @@ def test_compiled_blocks_compile_once_for_all_images(padding, options, freeze):
             torch.testing.assert_close(fast(images)[0], model(images)[0], atol=1e-5, rtol=0)
             counts.add(model.last_layout.num_tokens)
     assert len(counts) >= 6
-    # One graph before and one behind the attention kernel, for all blocks.
+    # One graph before and one after the attention kernel, for all blocks.
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 

@@ -137,7 +137,7 @@ def test_the_sample_depends_on_the_seed_only(folder, monkeypatch, capsys):
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("1 images")
 
 
-def test_the_split_with_the_least_feature_error_is_taken(folder, monkeypatch, capsys):
+def test_the_split_with_the_least_feature_distance_is_taken(folder, monkeypatch, capsys):
     config = ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"
     weights = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"
     budget = ["--images", folder, "--config", config, "--keep", 0.8]

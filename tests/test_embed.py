@@ -10,8 +10,8 @@ from apt_backbones import AdaptivePatchEmbed, PatchLayout, drop_at_random
 DIM, PATCH = 6, 4
 
 
-@pytest.fixture
-def case():
+@pytest.fixture(params=["apt", "apt_random_init", "apt_residual"])
+def case(request):
     """Two images of 8 x 12 cells with patches of three sizes, and a trained (non-zero) embedding."""
     sides = torch.full((2, 8, 12), PATCH)
     sides[0, 4:, 8:] = 4 * PATCH
@@ -19,9 +19,9 @@ def case():
     sides[1, :4, :4] = 4 * PATCH
     sides[1, 6:, 6:8] = 2 * PATCH
     layout = PatchLayout.build(sides, PATCH, (2 * PATCH, 4 * PATCH), window=4)
-    embed = AdaptivePatchEmbed(DIM)
-    nn.init.normal_(embed.zero_mlp.weight)
-    nn.init.normal_(embed.zero_mlp.bias)
+    embed = AdaptivePatchEmbed(DIM, request.param)
+    for parameter in embed.zero_mlp.parameters():
+        nn.init.normal_(parameter)
     proj = nn.Conv2d(3, DIM, PATCH, PATCH)
     return torch.randn(2, 3, 32, 48), layout, embed, proj, torch.randn(1, DIM, 12, 12)
 
@@ -105,5 +105,15 @@ def test_random_keeps_as_many_base_patches_as_the_selection_has_patches(case):
 
 
 def test_an_unknown_mode_names_the_known_ones():
-    with pytest.raises(ValueError, match="apt, resizing, random"):
+    with pytest.raises(ValueError, match=r"apt, .*resizing, random"):
         AdaptivePatchEmbed(DIM, "average")
+
+
+def test_only_the_ablations_change_tokens_before_training(case):
+    images, layout, _, proj, positions = case
+    resized = AdaptivePatchEmbed(DIM, "resizing")(images, layout, proj, positions)
+    is_merged = layout.side_T > PATCH
+    for merge in ("apt", "apt_random_init", "apt_residual"):
+        tokens = AdaptivePatchEmbed(DIM, merge)(images, layout, proj, positions)
+        assert torch.equal(tokens[~is_merged], resized[~is_merged])
+        assert torch.equal(tokens[is_merged], resized[is_merged]) == (merge == "apt")

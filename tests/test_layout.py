@@ -87,7 +87,7 @@ def test_segments_are_the_contiguous_runs_of_images_and_windows(case):
 def test_maps_constant_on_each_patch_survive_the_round_trip(case):
     layout, sides = case
     tokens = torch.randn(layout.num_tokens, 3)
-    tokens[layout.side_T == 0] = 0
+    tokens[layout.is_prefix_T] = 0
     feature_map = layout.to_map(tokens)
     assert feature_map.shape == (len(sides), 3, *sides.shape[1:])
     assert torch.equal(layout.from_map(feature_map), tokens)
@@ -151,13 +151,18 @@ def test_dense_layouts_are_built_once_per_shape():
 
 def test_a_window_that_the_largest_patch_does_not_divide_is_refused():
     sides = torch.full((1, 4, 4), 16)
-    with pytest.raises(ValueError, match=r"3 cells \(48 pixels\) is no multiple of the largest patch, 32 pixels"):
+    with pytest.raises(ValueError, match=r"3 cells \(48 pixels\) is not a multiple of the largest patch, 32 pixels"):
         PatchLayout.build(sides, 16, (32,), window=3)
 
 
-def test_prefix_tokens_in_windows_are_refused():
-    with pytest.raises(ValueError, match="prefix tokens belong to no window"):
-        PatchLayout.dense(1, (4, 4), 16, window=2, num_prefix=1)
+def test_the_prefix_tokens_of_an_image_are_a_segment_beside_its_windows():
+    layout = PatchLayout.dense(2, (2, 4), 16, window=2, num_prefix=3)
+    assert layout.images.lengths == (11, 11)
+    assert layout.windows.lengths == (3, 4, 4, 3, 4, 4)
+    assert layout.windows.cu_seqlens.tolist() == [0, 3, 7, 11, 14, 18, 22]
+    tokens = torch.arange(22.0)[:, None]
+    assert layout.prefix(tokens)[..., 0].tolist() == [[0, 1, 2], [11, 12, 13]]
+    assert layout.to_sequence(tokens)[0, :, 0].tolist() == [0, 1, 2, 3, 4, 7, 8, 5, 6, 9, 10]
 
 
 def test_sides_that_were_not_announced_are_refused():

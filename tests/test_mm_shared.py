@@ -119,7 +119,7 @@ def test_all_parts_are_found_by_name():
     ],
 )
 def test_layer_numbers_for_decay(name, layer):
-    assert layer_of(name, num_layers=24) == layer
+    assert layer_of(name, "backbone", num_layers=24) == layer
 
 
 @pytest.mark.parametrize("decay_all", [True, False])

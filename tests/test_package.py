@@ -12,7 +12,7 @@ FOREIGN = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
     "module, unwanted",
     [
         ("apt_backbones", FOREIGN | {"timm"}),
-        ("apt_backbones.eva02", FOREIGN),
+        ("apt_backbones.backbones.eva02", FOREIGN),
         ("apt_backbones.checkpoint", FOREIGN),
         ("llava_apt", {"mmengine", "mmcv", "mmdet", "mmseg"}),
     ],

@@ -1,4 +1,4 @@
-"""Rotary positions at patch centres and corners, in image and in window coordinates."""
+"""Rotary positions at patch centers and corners, in image and in window coordinates."""
 
 import torch
 from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
@@ -23,15 +23,15 @@ def angles(layout, **options):
     return table.angle()[:, 0, [0, 2]]
 
 
-def test_a_merged_patch_sits_at_its_centre_or_at_its_corner():
+def test_a_merged_patch_sits_at_its_center_or_at_its_corner():
     sides = torch.full((1, 3, 3), 16)
     sides[0, :2, :2] = 32
     layout = PatchLayout.build(sides, 16, (32,))
-    centre = angles(layout)
-    torch.testing.assert_close(centre, torch.tensor([[0.5, 0.5], [0, 2], [1, 2], [2, 0], [2, 1], [2, 2]]))
+    center = angles(layout)
+    torch.testing.assert_close(center, torch.tensor([[0.5, 0.5], [0, 2], [1, 2], [2, 0], [2, 1], [2, 2]]))
     corner = angles(layout, rope_position="corner")
     torch.testing.assert_close(corner[0], torch.zeros(2))
-    assert torch.equal(corner[1:], centre[1:]), "base patches sit where they are, either way"
+    assert torch.equal(corner[1:], center[1:]), "base patches sit where they are, either way"
 
 
 def test_window_coordinates_start_anew_in_every_window():
@@ -45,7 +45,7 @@ def test_prefix_tokens_are_not_rotated():
     layout = PatchLayout.dense(2, (2, 2), 16, num_prefix=1)
     x = torch.randn(layout.num_tokens, 1, 8)
     rotated = apply_rotary(x, rotary_table(layout, 8, length=2))
-    is_prefix = layout.side_T == 0
+    is_prefix = layout.is_prefix_T
     assert torch.equal(rotated[is_prefix], x[is_prefix])
     assert not torch.allclose(rotated[~is_prefix], x[~is_prefix])
 

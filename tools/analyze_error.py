@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from apt_backbones import PatchLayout
-from apt_backbones.error import FeatureError
+from apt_backbones.distance import FeatureDistance
 from apt_backbones.images import find_images, read_rgb
 
 PANEL = 1000  # pixels near which the longer side of a drawn picture lies, if it is small
@@ -35,7 +35,7 @@ PANEL = 1000  # pixels near which the longer side of a drawn picture lies, if it
 
 def pixels_of(model: MMModel, crops: Crops) -> Image.Image:
     """The image as the model sees it, without padding."""
-    mean, std = model.trunk.normalisation_bits.view(torch.float32)
+    mean, std = torch.tensor([model.trunk.pixel_mean, model.trunk.pixel_std])[:, :, None, None]
     height, width = crops.size
     whole = torch.zeros(3, height, width)
     for crop, (top, left) in zip((crops.images * std + mean).round().clamp(0, 255), crops.places):
@@ -55,7 +55,7 @@ def draw_patches(model: MMModel, image: Image.Image, crops: Crops, sides_BHW: Te
     return canvas
 
 
-def heat_of(model: MMModel, crops: Crops, error: FeatureError) -> Tensor:
+def heat_of(model: MMModel, crops: Crops, error: FeatureDistance) -> Tensor:
     """Relative error of every pixel's cell (height, width)."""
     height, width = crops.size
     whole, cell = torch.full((height, width), float("nan")), model.trunk.patch_size

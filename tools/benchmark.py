@@ -34,7 +34,7 @@ from cli import parser_of, run
 from rich.console import Console
 from steps import write
 
-from apt_backbones.eva02 import PADDING_MODES
+from apt_backbones.selection import PADDING_MODES
 
 
 def parse_args() -> argparse.Namespace:

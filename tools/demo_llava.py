@@ -25,12 +25,12 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from apt_backbones import PatchLayout
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 from apt_backbones.images import read_rgb, to_tensor
+from apt_backbones.selection import undo_normalization
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
 from llava_apt.finetune import finetune, last_complete_checkpoint, parser
 from llava_apt.lmms_eval_plugin import LlavaAptSimple
 from llava_apt.new_layers import FILE_NAME
-from llava_apt.patches import denormalise
 from llava_apt.prompt import question_prompt
 
 # About 100 steps. New layers of so small a model take a larger learning rate than LLaVA's, and more steps are better.
@@ -171,8 +171,9 @@ class Adaptation:
             image = read_rgb(self.data / name)
             inputs = processor(image, return_tensors="pt")
             layout = PatchLayout.build(inputs["patch_sides"], processor.patch_size, tuple(processor.thresholds))
-            seen = denormalise(inputs["pixel_values"], processor.image_mean, processor.image_std)[0]
-            seen = Image.fromarray((255 * seen).clamp(0, 255).round().byte().permute(1, 2, 0).numpy())
+            mean, std = ([255 * x for x in values] for values in (processor.image_mean, processor.image_std))
+            seen = undo_normalization(inputs["pixel_values"], mean, std)[0]
+            seen = Image.fromarray(seen.clamp(0, 255).byte().permute(1, 2, 0).numpy())
             asked = [record for record in records if record["image"] == name][:QUESTIONS]
             share = layout.num_tokens / (layout.grid[0] * layout.grid[1])
             label = f"patches: {layout.num_tokens} tokens, {share:.0%} of the dense model's"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from apt_backbones import load_converted, read_checkpoint
-from apt_backbones.error import FeatureError, dense_features, feature_error, merging_off
+from apt_backbones.distance import FeatureDistance, dense_features, feature_distance, merging_off
 
 NEEDS_FILE = ("LoadImageFromFile", "LoadAnnotations", "CheckSegMap")  # steps that images at hand go without
 
@@ -81,9 +81,9 @@ class MMModel:
         """The trunk's feature maps without merging."""
         return dense_features(self.trunk, crops.images)
 
-    def error(self, crops: Crops, dense: tuple[Tensor, ...] | None = None) -> FeatureError:
+    def error(self, crops: Crops, dense: tuple[Tensor, ...] | None = None) -> FeatureDistance:
         """Feature error of merging, cell by cell; ``dense`` is what ``features`` gives, if it is known already."""
-        return feature_error(self.trunk, crops.images, dense)
+        return feature_distance(self.trunk, crops.images, dense)
 
     def draw_predictions(self, image: Image.Image, score: float = 0.3) -> Image.Image:
         """The image with what the model predicts, drawn by its toolbox; boxes from a score on."""

@@ -1,40 +1,134 @@
-"""The EVA-02 trunk as a backbone that mmdet and mmseg configs can name."""
+"""Adaptive trunks as backbones that mmdet and mmseg configs can name."""
 
+from collections.abc import Sequence
+
+import timm
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .. import eva02
-from ..checkpoint import load_pretrained, read_checkpoint
+from ..backbones import eva02
+from ..backbones.timm_vit import adapt, timm_weights
+from ..checkpoint import load_converted, load_pretrained, read_checkpoint
+from ..freeze import freeze
+from ..trunk import check_indices
 
 
-@MODELS.register_module()
-class APTEva02(eva02.APTEva02, BaseModule):
-    """``apt_backbones.APTEva02`` with mmengine's ``init_cfg``; all other arguments are the same.
+class SafeBackbone:
+    """What all backbones here add to mmengine's ``BaseModule``.
 
-    ``init_cfg=dict(type="Pretrained", checkpoint=FILE)`` starts training from what ``load_pretrained`` takes, read
-    safely and loaded strictly. Other types are mmengine's own initialisers.
+    ``init_cfg=dict(type="Pretrained", checkpoint=FILE)`` starts training from a file that is read safely and loaded
+    strictly. Other types are mmengine's own initializers.
 
     ``test_dtype="float16"`` or ``"bfloat16"`` computes the trunk in that precision on a GPU when no gradients are
     needed, and returns float32 maps. (Under autocast of a whole test, mmdet places anchors in half precision, which
     is too coarse for large images.)
     """
 
-    def __init__(self, *args, init_cfg: dict | None = None, test_dtype: str | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
-        self.init_cfg = init_cfg
+    test_dtype: torch.dtype | None = None
+
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.test_dtype is None or not images.is_cuda or torch.is_grad_enabled():
-            return super().forward(images)
+            return self.maps(images)
         with torch.autocast("cuda", self.test_dtype):
-            return tuple(x.float() for x in super().forward(images))
+            return tuple(x.float() for x in self.maps(images))
 
     def init_weights(self) -> None:
-        if self.init_cfg is None or self.init_cfg["type"] != "Pretrained":
+        if self.init_cfg is not None and self.init_cfg["type"] not in ("Pretrained", "mmengine.Pretrained"):
             super().init_weights()
         elif not self.is_init:
-            load_pretrained(self, read_checkpoint(self.init_cfg["checkpoint"]))
+            # Networks initialize themselves when they are built; mmengine would have timm's do so again.
+            if self.init_cfg is not None:
+                self.load_pretrained(read_checkpoint(self.init_cfg["checkpoint"]))
             self.is_init = True
+
+
+@MODELS.register_module()
+class APTEva02(SafeBackbone, eva02.APTEva02, BaseModule):
+    """``apt_backbones.APTEva02``; all its arguments, and those of ``SafeBackbone``.
+
+    ``init_cfg``'s file may hold what ``load_pretrained`` takes.
+    """
+
+    def __init__(self, *args, init_cfg: dict | None = None, test_dtype: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.init_cfg = init_cfg
+        self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
+
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.feature_maps(images)
+
+    def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+        load_pretrained(self, state_dict)
+
+
+@MODELS.register_module()
+class APTTimm(SafeBackbone, BaseModule):
+    """Any timm ViT that ``apt_backbones.adapt`` takes, as a backbone: DINOv3, DINOv2, MAE, SigLIP, augreg, ...
+
+    Args:
+        model: timm's name, e.g. "vit_base_patch16_dinov3"; ``timm.list_models("*dinov3*")`` lists them.
+        checkpoint: file with weights: timm's, the authors' where timm converts them, or a whole model of ours, of which
+            the backbone is taken.
+        frozen: its weights do not train (a linear probe). Those of the new layers do.
+        img_size: side in pixels that learned positions are made for; None for the model's own. Images of other sizes
+            work; positions are interpolated as the network's authors do it.
+        out_indices: blocks after which a feature map is returned.
+        norm: apply the final norm to the maps, as DINO's linear probes do.
+        keep_prefix: False leaves out CLS and register tokens, as ViTDet does.
+        drop_path_rate: of timm's blocks.
+        with_cp: recompute block activations in the backward pass instead of storing them.
+        thresholds, scorer, merge: see ``AdaptiveTrunk.set_up``; ``options`` are its others.
+        init_cfg, test_dtype: see ``SafeBackbone``.
+
+    Raises:
+        TypeError, ValueError: as ``adapt``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        checkpoint: str | None = None,
+        frozen: bool = False,
+        img_size: int | None = None,
+        out_indices: Sequence[int] = (-1,),
+        norm: bool = False,
+        keep_prefix: bool = True,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        thresholds: dict[int, float] | None = None,
+        scorer: str = "entropy",
+        merge: str = "apt",
+        init_cfg: dict | None = None,
+        test_dtype: str | None = None,
+        **options,
+    ):
+        if checkpoint is not None:
+            init_cfg = dict(type="Pretrained", checkpoint=checkpoint)
+        super().__init__(init_cfg)
+        size = {} if img_size is None else {"img_size": img_size}
+        trunk = timm.create_model(model, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path_rate, **size)
+        # Without an option it would stay timm's own model where nothing merges.
+        options.setdefault("padding", "coarsest")
+        self.trunk = adapt(trunk, thresholds, scorer, merge, keep_prefix, **options)
+        self.trunk.with_cp = with_cp
+        self.trunk.out_indices = check_indices("out_indices", out_indices, len(self.trunk.blocks))
+        if frozen:
+            freeze(self.trunk)
+        self.norm = norm
+        self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
+
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.trunk.feature_maps(images, norm=self.norm)
+
+    def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+        prefix = "backbone.trunk."
+        of_backbone = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        load_converted(self.trunk, timm_weights(self.trunk, of_backbone or state_dict))

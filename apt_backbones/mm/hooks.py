@@ -5,19 +5,20 @@ from collections.abc import Sequence
 import torch
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook, LoggerHook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..embed import AdaptivePatchEmbed
 from ..layout import PatchLayout
-from .backbone import APTEva02
 
 _RESUMED = "token_counts"  # name in the message hub, which checkpoints carry
 
 
 @HOOKS.register_module()
 class TokenCountHook(Hook):
-    """Report the share of tokens that the backbone keeps, content and padding apart.
+    """Report the share of tokens that adaptive trunks keep, content and padding apart.
 
     A token is content if its patch begins inside the image, and padding if it begins in what a batch adds at the right
     and bottom (``img_shape`` of the data samples tells). Per logging interval in training, and at the end of a
@@ -28,7 +29,7 @@ class TokenCountHook(Hook):
     - ``..._kept_min``, ``..._kept_max``: the same of the image with the smallest and the largest share.
 
     Padding is not reported if there is none. At the end of a test they are among the metrics that the run returns.
-    Counting waits for the device only when reporting.
+    Host and device synchronize only when reporting. A model without an adaptive trunk has nothing to report.
     """
 
     def __init__(self):
@@ -37,9 +38,11 @@ class TokenCountHook(Hook):
         self._shapes: list[Sequence[int]] = []
 
     def before_run(self, runner: Runner) -> None:
-        for module in runner.model.modules():
-            if isinstance(module, APTEva02):
-                module.register_forward_hook(self._count)
+        embeddings = [module for module in runner.model.modules() if isinstance(module, AdaptivePatchEmbed)]
+        if not embeddings:
+            print_log("TokenCountHook: the model has no adaptive trunk, so no tokens are counted", "current")
+        for embedding in embeddings:
+            embedding.register_forward_pre_hook(self._count)
 
     def before_train(self, runner: Runner) -> None:
         if _RESUMED in runner.message_hub.runtime_info:
@@ -56,7 +59,7 @@ class TokenCountHook(Hook):
         self._mode = mode
         samples = data_batch["data_samples"]
         # Test-time augmentation gives a list per augmentation; images without a shape are all content.
-        self._shapes = [] if isinstance(samples[0], Sequence) else [sample.img_shape[:2] for sample in samples]
+        self._shapes = [sample.img_shape[:2] for sample in samples if "img_shape" in sample]
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
@@ -71,8 +74,8 @@ class TokenCountHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         metrics.update(self._report(runner, "test"))
 
-    def _count(self, backbone: APTEva02, *_) -> None:
-        layout = backbone.last_layout
+    def _count(self, embedding: nn.Module, inputs: tuple) -> None:
+        layout = inputs[1]
         # Several crops of one image go through together in segmentation's sliding tests.
         is_cropped = layout.batch_size != len(self._shapes)
         height, width = (cells * layout.patch_size for cells in layout.grid)
@@ -104,9 +107,8 @@ def count_tokens(layout: PatchLayout, image_shapes: Sequence[Sequence[int]]) -> 
     ]
     cells_B2 = torch.tensor(cells, device=layout.row_T.device)
     is_content_T = (layout.row_T < cells_B2[layout.image_T, 0]) & (layout.column_T < cells_B2[layout.image_T, 1])
-    is_patch_T = layout.side_T > 0
-    kinds_T2 = torch.stack([is_content_T & is_patch_T, ~is_content_T & is_patch_T], dim=1).long()
-    tokens_B2 = kinds_T2.new_zeros(layout.batch_size, 2).index_add_(0, layout.image_T, kinds_T2)
+    kinds_T2 = torch.stack([is_content_T, ~is_content_T], dim=1) & ~layout.is_prefix_T[:, None]
+    tokens_B2 = cells_B2.new_zeros(layout.batch_size, 2).index_add_(0, layout.image_T, kinds_T2.long())
     content_B = cells_B2.prod(1)
     return torch.stack([tokens_B2[:, 0], content_B, tokens_B2[:, 1], height * width - content_B], dim=1)
 

@@ -4,7 +4,9 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-_NO_DECAY = ("pos_embed", "cls_token")
+from ..trunk import named_trunk
+
+_NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -16,7 +18,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     - ``decay_rate``: 1 for no layer decay.
     - ``decay_all``: decay every weight (EVA-02's detection recipe) instead of leaving out vectors, biases, positions
-      and the CLS token (its segmentation recipe).
+      and prefix tokens (its segmentation recipe).
     """
 
     def _validate_cfg(self) -> None:
@@ -24,12 +26,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f"paramwise_cfg must hold decay_rate and decay_all, not {sorted(self.paramwise_cfg)}")
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        num_layers = len(module.backbone.blocks)
+        trunk_name, trunk = named_trunk(module)
+        num_layers = len(trunk.blocks)
         groups = {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            layer = layer_of(name, num_layers)
+            layer = layer_of(name, trunk_name, num_layers)
             is_vector = parameter.ndim == 1 or name.endswith(_NO_DECAY)
             decays = self.paramwise_cfg["decay_all"] or not is_vector
             group = groups.setdefault((layer, decays), {"params": [], "param_names": []})
@@ -43,11 +46,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             params.append(group)
 
 
-def layer_of(name: str, num_layers: int) -> int:
-    """0 for patches and positions of the backbone, N + 1 for its block N, num_layers + 1 for all else."""
-    parts = name.split(".")
-    if parts[0] != "backbone":
+def layer_of(name: str, trunk_name: str, num_layers: int) -> int:
+    """0 for patches and positions of the trunk, N + 1 for its block N, num_layers + 1 for all else."""
+    if not name.startswith(f"{trunk_name}."):
         return num_layers + 1
-    if parts[1] in ("patch_embed", *_NO_DECAY):
+    part, *rest = name.removeprefix(f"{trunk_name}.").split(".")
+    if part in ("patch_embed", *_NO_DECAY):
         return 0
-    return int(parts[2]) + 1 if parts[1] == "blocks" else num_layers + 1
+    return int(rest[0]) + 1 if part == "blocks" else num_layers + 1

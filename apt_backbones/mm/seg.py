@@ -1,4 +1,4 @@
-"""EVA-02 + UperNet in mmseg: what an encoder-decoder with an adaptive backbone does beyond mmseg's own."""
+"""mmseg: what an encoder-decoder with an adaptive backbone does beyond mmseg's own."""
 
 import math
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ from mmseg.registry import MODELS
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from ..trunk import find_trunk, named_trunk
 from .short_finetune import ShortFinetune
 
 
 @MODELS.register_module()
 class APTEncoderDecoder(EncoderDecoder):
-    """mmseg's ``EncoderDecoder`` over an ``APTEva02`` backbone. What is modified:
+    """mmseg's ``EncoderDecoder`` over an ``APTEva02`` or ``APTTimm`` backbone. What is modified:
 
     - ``slide_inference`` runs the crops of an image together, as many at a time as ``test_cfg.token_budget`` allows;
       the result is that of mmseg's one-by-one slide.
     - ``encode_decode`` pads its input to whole patches and cuts the logits back, so that they stay aligned with the
-      pixels when a crop or an image is no multiple of the patch.
+      pixels when a crop or an image is not a multiple of the patch.
     - Loading resamples positions of a model that was trained on crops of another size, and says so; a checkpoint of
       another number of classes is refused unless ``new_classifier`` is set.
 
@@ -41,7 +42,7 @@ class APTEncoderDecoder(EncoderDecoder):
         self.new_classifier = new_classifier
         # Called by mmengine's way of loading, too.
         self.register_load_state_dict_pre_hook(lambda model, state_dict, *_: model.adapt_state_dict(state_dict))
-        patch = self.backbone.patch_size
+        patch = find_trunk(self).patch_size
         sizes = {"data_preprocessor.size": self.data_preprocessor.size}
         if self.test_cfg.get("mode") == "slide":
             sizes["test_cfg.crop_size"] = self.test_cfg.crop_size
@@ -55,7 +56,7 @@ class APTEncoderDecoder(EncoderDecoder):
                 raise ValueError(f"{name} {tuple(size)} is smaller than a patch; use at least {patch} x {patch} pixels")
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
-        """Logits (B, classes, height, width) of normalised images (B, 3, height, width) of any size."""
+        """Logits (B, classes, height, width) of normalized images (B, 3, height, width) of any size."""
         padded = self._pad(inputs)
         # The head takes the size of its output from here.
         metas = [{**meta, "img_shape": padded.shape[2:]} for meta in batch_img_metas]
@@ -89,14 +90,15 @@ class APTEncoderDecoder(EncoderDecoder):
             ValueError: the weights are those of another number of classes, and ``new_classifier`` is not set.
         """
         own = self.state_dict()
-        name, grid = "backbone.pos_embed", self.backbone.pretrain_grid
+        trunk_name, trunk = named_trunk(self)
+        name, grid = f"{trunk_name}.pos_embed", list(trunk.position_grid)
         if name in state_dict and state_dict[name].shape[1] != own[name].shape[1]:
-            positions = resample_abs_pos_embed(
-                state_dict[name], [grid, grid], num_prefix_tokens=self.backbone.num_prefix, antialias=False
+            num_prefix = own[name].shape[1] - math.prod(grid)
+            old_grid = math.isqrt(state_dict[name].shape[1] - num_prefix)
+            state_dict[name] = resample_abs_pos_embed(
+                state_dict[name], grid, num_prefix_tokens=num_prefix, antialias=trunk.antialias_positions
             )
-            old_grid = math.isqrt(state_dict[name].shape[1] - self.backbone.num_prefix)
-            print_log(f"positions resampled from {old_grid} x {old_grid} to {grid} x {grid} patches", "current")
-            state_dict[name] = positions
+            print_log(f"positions resampled from {old_grid} x {old_grid} to {grid[0]} x {grid[1]} patches", "current")
         for name in own:
             if ".conv_seg." in name and name in state_dict and len(state_dict[name]) != len(own[name]):
                 classes = f"{len(state_dict[name])} classes, the model {len(own[name])}"
@@ -110,18 +112,18 @@ class APTEncoderDecoder(EncoderDecoder):
 
     def _pad(self, images: Tensor) -> Tensor:
         """To whole patches, as many at least as make one cell of the pyramid's coarsest map."""
-        patch = self.backbone.patch_size
-        least = patch * round(1 / min(self.neck.rescales))
+        patch = find_trunk(self).patch_size
+        least = patch * round(1 / min(getattr(self.neck, "rescales", (1,)))) if self.with_neck else patch
         bottom, right = (max(-side % patch, least - side) for side in images.shape[2:])
         return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
     def _lengths(self, crops: Tensor) -> Sequence[int]:
         """Tokens of every crop. Merging only makes them fewer: crops that fit as they are need no scoring here."""
-        padded, backbone = self._pad(crops), self.backbone
-        dense = padded.shape[2] * padded.shape[3] // backbone.patch_size**2 + backbone.num_prefix
+        padded, trunk = self._pad(crops), find_trunk(self)
+        dense = padded.shape[2] * padded.shape[3] // trunk.patch_size**2 + trunk.num_prefix
         if len(crops) * dense <= (self.test_cfg.get("token_budget") or float("inf")):
             return [dense] * len(crops)
-        return backbone.layout(padded).images.lengths
+        return trunk.layout(padded).images.lengths
 
 
 @MODELS.register_module()

@@ -75,7 +75,7 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
         for case in cases:
             case.model.compile_blocks()
     first = core(cases[0].model)
-    normalisation = first.normalisation_bits.cpu().view(torch.float32)
+    normalisation = torch.tensor([first.pixel_mean, first.pixel_std])[:, :, None, None]
     batches = [make_batch(image, normalisation, first.patch_size, side, args.batch_size) for image in images]
     options = (cases, batches, args.device, DTYPES[args.dtype])
     if args.whole:

@@ -111,9 +111,9 @@ def trunk_parts(model: nn.Module) -> Parts:
     if isinstance(model, OrdinaryEva02):
         return {"embed": [(model, "_embed")], "trunk": [(model, "forward")], "map": [(model, "_to_map")]}
     return {
-        "score": [(model, "_select")],
+        "score": [(model, "select")],
         "layout": [(model, "layout")],
-        "rotary": [(model, "_rope")],
+        "rotary": [(model, "rotations")],
         "embed": [(model, "_embed")],
         "trunk": [(model, "forward")],
         "map": [(PatchLayout, "to_map")],

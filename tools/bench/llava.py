@@ -184,7 +184,7 @@ class Llava:
         if case.model is self.stock:
             return {"embed": [(model.vision_tower.embeddings, "forward")], **parts}
         return {
-            "score": [(llava_apt.tower, "unchecked_patch_sides")],
+            "score": [(llava_apt.tower, "selected_sides")],
             "layout": [(model.vision_tower, "_layout")],
             "embed": [(model.vision_tower.adaptive_embed, "forward")],
             **parts,

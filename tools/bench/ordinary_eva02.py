@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_backbones import APTEva02, PatchLayout, apply_rotary
+from apt_backbones import APTEva02, PatchLayout, apply_rotary, rotary_table
+from apt_backbones.block import FusedBlock
 
 
 class OrdinaryEva02(nn.Module):
@@ -26,6 +27,7 @@ class OrdinaryEva02(nn.Module):
         if model.thresholds or model.padding != "coarsest":
             raise ValueError("the ordinary implementation is dense: give it a model without thresholds")
         self.model, self.patch_size, self.run_block = model, model.patch_size, run_block
+        self._fused = [FusedBlock() for _ in model.blocks]
         self._constants: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -38,7 +40,7 @@ class OrdinaryEva02(nn.Module):
             if window is None or index in model.global_blocks:
                 window, rope = None, image_rope
             rope = torch.view_as_real(rope) if self.run_block is not run_block else rope
-            x = self.run_block(block, x, rope, window, (height, width), *_joined(block))
+            x = self.run_block(block, x, rope, window, (height, width), *_fused(block, self._fused[index]))
             if index in model.out_indices:
                 maps[index] = self._to_map(x, height, width)
         return tuple(maps[index] for index in model.out_indices)
@@ -69,15 +71,15 @@ class OrdinaryEva02(nn.Module):
         """Positions (H, W, D) and rotations for images and for windows, kept per image size."""
         if (height, width) not in self._constants:
             model = self.model
-            side = max(model.train_grid, height, width)
-            positions = model._positions(side)[0, :, :height, :width].permute(1, 2, 0)
+            positions = model.positions((height, width))[0, :, :height, :width].permute(1, 2, 0)
+            rope = dict(head_dim=model.embed_dim // model.num_heads, rope_position=model.rope_position)
             layout = PatchLayout.dense(1, (height, width), model.patch_size, None, model.num_prefix, device)
-            image_rope, _ = model._rope(layout)
+            image_rope = rotary_table(layout, length=max(model.train_grid, height, width), **rope)
             window_rope = None
             if model.window_size is not None:
                 one_window = (model.window_size, model.window_size)
                 layout = PatchLayout.dense(1, one_window, model.patch_size, model.window_size, device=device)
-                window_rope = model._rope(layout)[1]
+                window_rope = rotary_table(layout, length=model.window_size, **rope)
             self._constants[height, width] = (positions, image_rope, window_rope)
         return self._constants[height, width]
 
@@ -113,9 +115,9 @@ def run_block(
     return x + mlp.fc2(mlp.norm(mlp.act(gate) * hidden))
 
 
-def _joined(block: nn.Module) -> tuple:
+def _fused(block: nn.Module, fused: FusedBlock) -> tuple:
     attn, mlp = block.attn, block.mlp
-    return block._qkv.of((attn.q_proj, attn.k_proj, attn.v_proj)), block._fc1.of((mlp.fc1_g, mlp.fc1_x))
+    return fused.qkv.fuse((attn.q_proj, attn.k_proj, attn.v_proj)), fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x))
 
 
 def _linear(x: Tensor, layers: Sequence[nn.Linear], joint: tuple[Tensor, Tensor] | None) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""Several linear layers on the same input as one matrix product, without a second copy of their weights."""
+"""Frozen linear layers on the same input as one matrix product, without a second copy of their weights."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 
-class JoinedLinears:
+class FusedLinears:
     """One weight and one bias over the rows of several frozen ``nn.Linear`` layers.
 
-    The layers stay what they are, under their own names; their parameters become views of the joint memory. So whatever
+    The layers stay what they are, under their own names; their parameters become views of the fused memory. So whatever
     writes into them (loading weights, an average of weights) is seen here at once. Whatever gives them other memory
-    (``.to()``, ``deepcopy``, assignment) shows in their addresses, and they are joined anew at the next use.
+    (``.to()``, ``deepcopy``, assignment) shows in their addresses, and they are fused anew at the next use.
     """
 
     def __init__(self):
@@ -19,19 +19,19 @@ class JoinedLinears:
         self._bias: Tensor | None = None
 
     def __reduce__(self):
-        return JoinedLinears, ()  # copies and pickles hold the layers' parameters, and join those at their first use
+        return FusedLinears, ()  # copies and pickles hold the layers' parameters, and fuse those at their first use
 
-    def of(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
+    def fuse(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
         """Joint weight (sum of outputs, inputs) and bias (sum of outputs,), zero where a layer has none.
 
         Returns:
             None if the layers must run one by one: because one of them trains (its optimizer or a sharding wrapper
-            may keep hold of its memory), or is no plain ``nn.Linear`` (an adapter or a quantised layer).
+            may keep hold of its memory), is not a plain ``nn.Linear`` (an adapter or a quantized layer), or has hooks.
         """
-        if any(type(layer) is not nn.Linear or layer.weight.requires_grad for layer in layers):
+        if any(type(layer) is not nn.Linear or layer.weight.requires_grad or _is_hooked(layer) for layer in layers):
             return None
         if not self._is_current(layers):
-            self._join(layers)
+            self._fuse(layers)
         return self._weight, self._bias
 
     def _is_current(self, layers: Sequence[nn.Linear]) -> bool:
@@ -50,7 +50,7 @@ class JoinedLinears:
     # Weights that are made in inference mode could not take part in training later.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _join(self, layers: Sequence[nn.Linear]) -> None:
+    def _fuse(self, layers: Sequence[nn.Linear]) -> None:
         sizes = [layer.out_features for layer in layers]
         self._weight = torch.cat([layer.weight.detach() for layer in layers])
         self._bias = self._weight.new_zeros(sum(sizes))
@@ -60,5 +60,19 @@ class JoinedLinears:
                 bias.copy_(layer.bias)
                 layer.bias.data = bias
         # They have the model's shapes, not the batch's: a compiled block may rely on them.
-        for joint in (self._weight, self._bias):
-            torch._dynamo.mark_static(joint)
+        for fused in (self._weight, self._bias):
+            torch._dynamo.mark_static(fused)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def own_memory(state_dict: dict, prefix: str = "") -> dict:
+    """Copy the weights in a state dict that share fused memory, because savers (accelerate, safetensors) take tensors
+    of one memory for copies of each other. Changes the dictionary and returns it."""
+    for name, tensor in state_dict.items():
+        is_copy = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)  # not keep_vars=True
+        if is_copy and name.startswith(prefix) and tensor.untyped_storage().nbytes() > tensor.nbytes > 0:
+            state_dict[name] = tensor.clone()
+    return state_dict

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apt_backbones import APTEva02
-from apt_backbones.error import dense_features, feature_error, merging_off
+from apt_backbones.distance import dense_features, feature_distance, merging_off
 
 TRUNK = dict(img_size=64, patch_size=8, embed_dim=16, depth=2, num_heads=2, pretrain_img_size=32, out_indices=(0, 1))
 
@@ -26,12 +26,12 @@ def images():
 def test_a_trunk_without_merging_has_no_error(images):
     torch.manual_seed(0)
     trunk = APTEva02(**TRUNK, thresholds={16: 0.0}).eval()
-    error = feature_error(trunk, images)
+    error = feature_distance(trunk, images)
     assert error.relative() == pytest.approx(0, abs=1e-6) and set(error.side_BHW.unique().tolist()) == {8}
 
 
 def test_errors_are_distances_of_the_two_models_feature_maps(trunk, images):
-    error = feature_error(trunk, images)
+    error = feature_distance(trunk, images)
     dense = APTEva02(**TRUNK).eval()
     dense.load_state_dict({k: v for k, v in trunk.state_dict().items() if "adaptive_embed" not in k})
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_errors_are_distances_of_the_two_models_feature_maps(trunk, images):
 
 
 def test_errors_of_some_cells_and_the_heat_map_hang_together(trunk, images):
-    error = feature_error(trunk, images)
+    error = feature_distance(trunk, images)
     merged = error.side_BHW > 8
     assert error.heat().shape == (2, 8, 8)
     assert error.heat()[merged].mean() > error.heat()[~merged].mean() > 0
@@ -56,7 +56,7 @@ def test_dense_features_leave_the_trunk_adaptive(trunk, images):
         assert not trunk.thresholds
         1 / 0  # noqa: B018
     assert trunk.thresholds == {16: 3.0}
-    assert feature_error(trunk, images, known).relative() == feature_error(trunk, images).relative()
+    assert feature_distance(trunk, images, known).relative() == feature_distance(trunk, images).relative()
 
 
 def test_dropped_cells_have_side_zero(images):
@@ -64,4 +64,4 @@ def test_dropped_cells_have_side_zero(images):
     padded = images.clone()
     padded[:, :, 32:] = 0
     trunk = APTEva02(**TRUNK, thresholds={16: 3.0}, padding="drop").eval()
-    assert feature_error(trunk, padded).side_BHW[:, 4:].eq(0).all()
+    assert feature_distance(trunk, padded).side_BHW[:, 4:].eq(0).all()

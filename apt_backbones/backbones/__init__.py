@@ -1,0 +1,1 @@
+"""Networks that are adaptive: what each supplies to the one trunk, a file each."""

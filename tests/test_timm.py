@@ -1,0 +1,108 @@
+"""Every timm family that ``adapt`` takes: timm itself when nothing merges, and consistent when patches merge."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from apt_backbones import adapt
+from tests.golden import relative_error
+
+FAMILIES = [
+    "vit_tiny_patch16_224",  # augreg; DeiT and MAE share its architecture
+    "deit3_small_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_siglip_224",
+    "vit_so150m2_patch16_reg1_gap_256",
+    "vit_small_patch16_dinov3",
+    "vit_small_plus_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "eva02_base_patch14_224",
+    "eva_large_patch14_196",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_pe_spatial_tiny_patch16_512",
+    "vit_small_patch16_rope_224",
+    "vit_small_patch16_rope_mixed_ape_224",
+]
+
+
+def build(name, **options):
+    """Two blocks of a timm model with random weights everywhere (timm starts some at constants that hide mistakes)."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, num_classes=5, dynamic_img_size=True, **options).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.02 if parameter.ndim > 1 else 0.5, 0.05)
+    return model
+
+
+def thresholds_of(model, *values):
+    """Thresholds for twice and four times the patch."""
+    patch = model.patch_embed.patch_size[0]
+    return {patch * 2 ** (index + 1): value for index, value in enumerate(values)}
+
+
+def pictures(model, batch, rows, columns, seed=0):
+    """Images of whole base patches, smooth on the left and busy on the right."""
+    patch = model.patch_embed.patch_size[0]
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.full((batch, 3, rows * patch, columns * patch), 0.1)
+    busy = images[..., images.shape[3] // 2 :]
+    busy.copy_(torch.randn(busy.shape, generator=generator))
+    return images
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("grid", [(14, 14), (9, 6)])
+def test_equals_timm_when_nothing_merges(name, grid):
+    model = build(name)
+    images = pictures(model, 2, *grid)
+    with torch.no_grad():
+        logits = model(images)
+        features, (first, last) = model.forward_intermediates(images, indices=2, norm=True)
+        adapt(model, thresholds_of(model, 0.0, 0.0))
+        assert relative_error(model(images), logits) <= 1e-5
+        ours, (our_first, our_last) = model.forward_intermediates(images, indices=2, norm=True)
+    for own, timms in ((ours, features), (our_first, first), (our_last, last)):
+        assert relative_error(own, timms) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merges_each_image_for_itself(name):
+    model = build(name)
+    adapt(model, thresholds_of(model, 3.0, 3.0))
+    nn.init.normal_(model.adaptive_embed.zero_mlp.weight, std=0.02)
+    images = torch.cat(
+        [
+            pictures(model, 1, 9, 12),
+            pictures(model, 1, 9, 12, seed=1).flip(3),
+            torch.zeros_like(pictures(model, 1, 9, 12)),
+        ]
+    )
+    logits = model(images)
+    assert logits.isfinite().all()
+    num_patches = model.last_layout.num_patches
+    assert num_patches[2] < num_patches[0] < 9 * 12
+    for image in range(3):
+        assert relative_error(model(images[image : image + 1]), logits[image : image + 1]) <= 1e-5
+    logits.square().sum().backward()
+    for parameter_name, parameter in model.adaptive_embed.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("samvit_base_patch16", "relative position"),
+        ("beit_base_patch16_224", "relative position"),
+        ("vit_relpos_small_patch16_224", "relative position"),
+        ("swin_tiny_patch4_window7_224", "hierarchical|relative position"),
+        ("hiera_tiny_224", "plain ViTs"),
+        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_small_r26_s32_224", "HybridEmbed"),
+    ],
+)
+def test_says_why_a_network_does_not_fit(name, reason):
+    with pytest.raises(TypeError, match=reason):
+        adapt(timm.create_model(name, num_classes=0), {32: 5.5})
