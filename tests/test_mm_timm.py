@@ -1,0 +1,95 @@
+"""timm models as backbones of mmdet and mmseg: named in a config, loaded safely, trained and counted as the others."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from mmengine.registry import MODELS
+from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from apt_backbones import find_trunk, freeze_host
+from apt_backbones.mm.optimizer import layer_of
+from tests.golden import relative_error
+
+SMALL = dict(type="APTTimm", model="vit_small_patch16_dinov3", img_size=128, out_indices=(5, -1))
+
+
+def images(batch=1, height=96, width=128):
+    picture = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+    picture[..., : width // 2] = 0.1
+    return picture
+
+
+def backbone(**options):
+    torch.manual_seed(0)
+    model = MODELS.build({**SMALL, **options})
+    model.init_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_small_patch14_dinov2"])
+def test_maps_are_timms(tmp_path, model, norm):
+    host = timm.create_model(model, img_size=112, dynamic_img_size=True).eval()
+    for parameter in host.parameters():
+        nn.init.normal_(parameter, 0.02, 0.05)
+    save_file(host.state_dict(), tmp_path / "weights.safetensors")
+    ours = backbone(model=model, img_size=112, norm=norm, checkpoint=str(tmp_path / "weights.safetensors"))
+    patch = ours.trunk.patch_size
+    picture = images(2, 6 * patch, 8 * patch)
+    expected = host.forward_intermediates(picture, indices=[5, 11], norm=norm, intermediates_only=True)
+    for own, timms in zip(ours(picture), expected):
+        assert relative_error(own, timms) <= 1e-5
+
+
+@torch.no_grad()
+def test_positions_of_another_size_are_resampled_as_timm_does(tmp_path):
+    host = timm.create_model("vit_small_patch14_dinov2", img_size=518)
+    nn.init.normal_(host.pos_embed)
+    save_file(host.state_dict(), tmp_path / "weights.safetensors")
+    ours = backbone(model="vit_small_patch14_dinov2", img_size=112, checkpoint=str(tmp_path / "weights.safetensors"))
+    theirs = timm.create_model("vit_small_patch14_dinov2", img_size=112)
+    timm.models.load_checkpoint(theirs, tmp_path / "weights.safetensors", filter_fn=checkpoint_filter_fn)
+    torch.testing.assert_close(ours.trunk.pos_embed, theirs.pos_embed)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"of another model: .*missing"):
+        backbone(checkpoint=str(tmp_path / "weights.safetensors"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_prefix", [True, False])
+def test_windows_with_and_without_prefix_tokens(keep_prefix):
+    """CLS and registers stay out, as in ViTDet, or attend among themselves in windowed blocks."""
+    options = dict(window_size=4, global_blocks=(2, 5, 8, 11), keep_prefix=keep_prefix)
+    dense, adaptive = backbone(**options), backbone(thresholds={32: 5.0, 64: 5.0}, **options)
+    nothing_merged = backbone(thresholds={32: 0.0, 64: 0.0}, **options)
+    picture = images(2)
+    for ours, theirs in zip(nothing_merged(picture), dense(picture)):
+        assert relative_error(ours, theirs) <= 1e-5
+    maps = adaptive(picture)
+    assert all(m.shape == (2, 384, 6, 8) and m.isfinite().all() for m in maps)
+    layout = adaptive.trunk.last_layout
+    assert layout.num_prefix == (5 if keep_prefix else 0) and max(layout.num_patches) < 48
+    assert relative_error(adaptive(picture[:1])[-1], maps[-1][:1]) <= 1e-5
+
+
+def test_short_fine_tune_copies_and_layer_decay():
+    model = freeze_host(backbone(thresholds={32: 5.0}, with_cp=True)).train()
+    sum(m.square().mean() for m in model(images())).backward()
+    assert {n.split(".")[2] for n, p in model.named_parameters() if p.grad is not None} == {"conv_down", "zero_mlp"}
+    twin = copy.deepcopy(model)
+    twin.eval()
+    assert not twin.training and model.training, "a copy has a train method of its own"
+    assert find_trunk(model) is model.trunk
+    names = {"trunk.reg_token": 0, "trunk.patch_embed.proj.bias": 0, "trunk.blocks.3.norm1.weight": 4}
+    names |= {"trunk.adaptive_embed.zero_mlp.bias": 13, "trunk.norm.weight": 13}
+    parameters = dict(model.named_parameters())
+    for name, layer in names.items():
+        assert name in parameters and layer_of(name, "trunk", 12) == layer
