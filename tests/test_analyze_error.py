@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from apt_backbones.images import read_rgb
+from tools import analyze_error
+from tools.mm_model import MMModel
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import analyze_error  # noqa: E402
-from mm_model import MMModel  # noqa: E402
 
 CASES = {
     "det": ("det_configs/eva02_tiny_apt_photoshapes.py", "eva02_tiny_apt_photoshapes.safetensors"),

@@ -17,18 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt_backbones import APTEva02, PatchLayout, score_patches
 from apt_backbones.freeze import is_new
+from benchmarks import clock, report, scorers
+from benchmarks import run_all as all_parts
+from benchmarks.cases import Case, block_gflops, make_cases
+from benchmarks.images import load_images, make_batch
+from benchmarks.llava import SHAPES as LLAVA_SHAPES
+from benchmarks.ordinary_eva02 import OrdinaryEva02
 from tests.golden import relative_error
+from tools import benchmark
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
-import bench_all as all_parts  # noqa: E402
-import benchmark  # noqa: E402
-from bench import clock, report, scorers  # noqa: E402
-from bench.cases import Case, block_gflops, make_cases  # noqa: E402
-from bench.images import load_images, make_batch  # noqa: E402
-from bench.llava import SHAPES as LLAVA_SHAPES  # noqa: E402
-from bench.ordinary_eva02 import OrdinaryEva02  # noqa: E402
 
 CONFIG = """
 model = dict(backbone=dict(type="APTEva02", img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4,
@@ -371,7 +370,6 @@ class Finder(importlib.machinery.PathFinder):
         return None if is_missing else super().find_spec(name, path, target)
 
 sys.meta_path = [Finder if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
-sys.path.insert(0, "tools")
 """
 
 
@@ -422,7 +420,7 @@ def test_a_part_that_fails_is_reported_and_does_not_stop_the_others(folder, monk
     parts = (all_parts.Part("slow", "slow", 0.02), all_parts.Part("wrong", "wrong", 5), all_parts.Part("right", "x", 5))
     monkeypatch.setattr(all_parts, "CPU_PARTS", parts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench_all.py", "--out", str(folder / "out")])
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(folder / "out")])
     with pytest.raises(SystemExit) as stop:
         all_parts.main()
     printed = " ".join(capsys.readouterr().out.split())

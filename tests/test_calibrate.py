@@ -16,7 +16,6 @@ from tests.golden import load_golden
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "calibrate.py"
-sys.path.insert(0, str(ROOT / "tools"))
 PHOTOS = [v.permute(2, 0, 1)[None].float() for k, v in load_golden("patch_scores").arrays.items() if "image/" in k]
 SIZES = (16, 32, 64)
 

@@ -10,7 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 import apt_backbones.mm.seg  # noqa: F401
-from tools import compare, make_photoshapes
+from examples import make_photoshapes
+from tools import compare
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,8 +110,8 @@ def test_committed_tables(task):
     [
         ("empty", None, "no results in"),
         ("missing", None, "no run at"),
-        ("other.json", {"rows": [{"title": "dense"}]}, "is no table of"),
-        ("cut.json", '{"rows": [', "is no table of"),
+        ("other.json", {"rows": [{"title": "dense"}]}, "is not a table of"),
+        ("cut.json", '{"rows": [', "is not a table of"),
     ],
 )
 def test_what_holds_no_results_is_named_in_one_line(name, content, message, tmp_path):
@@ -126,7 +127,7 @@ def test_what_holds_no_results_is_named_in_one_line(name, content, message, tmp_
 def test_a_picture_is_no_table(tmp_path):
     (tmp_path / "plot.png").write_bytes(b"\x89PNG")
     done = run(tmp_path / "plot.png")
-    assert done.returncode == 1 and "plot.png is no table of" in done.stderr
+    assert done.returncode == 1 and "plot.png is not a table of" in done.stderr
 
 
 def test_a_real_test_is_read(tmp_path):

@@ -1,16 +1,11 @@
 """tools/convert_checkpoint.py: every entry is accounted for, and DST is whole or not there."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from apt_backbones import read_checkpoint
 from tests.golden import load_golden
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import convert_checkpoint
+from tools import convert_checkpoint
 
 
 @pytest.fixture

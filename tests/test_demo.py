@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.demo_page import data_uri, render, share_histogram, training_curve
-from tools.demo_pictures import CLASS_COLOURS, class_legend, detections, label_map, spread
+from examples.demo_page import data_uri, render, share_histogram, training_curve
+from examples.demo_pictures import CLASS_COLOURS, class_legend, detections, label_map, spread
 
 from .llava_tiny import save_hub_checkpoint
 
@@ -98,7 +98,7 @@ def example_page(**changes):
         ],
         "next_text": "Then:",
         "next": "python tools/train.py config.py",
-        "command": "tools/demo.py det",
+        "command": "examples/demo.py det",
         "date": "2026-01-01",
     }
     return render({**page, **changes})
@@ -121,7 +121,7 @@ def test_charts_take_the_pages_text_colour():
 
 
 def test_the_commands_on_the_page_exist():
-    from tools import demo_llava, demo_mm
+    from examples import demo_llava, demo_mm
 
     for commands in (*demo_mm.NEXT.values(), demo_llava.NEXT):
         for command in commands.replace("\\\n", " ").splitlines():
@@ -141,7 +141,7 @@ def test_the_commands_on_the_page_exist():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photoshapes"
-    command = [sys.executable, "tools/make_photoshapes.py", folder, "--train", "12", "--val", "3", "--size", "192"]
+    command = [sys.executable, "examples/make_photoshapes.py", folder, "--train", "12", "--val", "3", "--size", "192"]
     subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
     return folder
 
@@ -157,7 +157,7 @@ def mm_options(data):
 
 def arguments(task, data, out, folder):
     """Of a demo of a minute."""
-    command = [sys.executable, "tools/demo.py", task, "--out", out, "--pictures", "2"]
+    command = [sys.executable, "examples/demo.py", task, "--out", out, "--pictures", "2"]
     if task == "llava":
         return [*command, "--data", data, "--limit", "100", "--dense", folder]
     options = mm_options(data)

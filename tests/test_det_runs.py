@@ -27,7 +27,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 @pytest.fixture(scope="session")
 def photoshapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photoshapes"
-    command = [sys.executable, "tools/make_photoshapes.py", folder, "--train", "6", "--val", "3", "--size", "192"]
+    command = [sys.executable, "examples/make_photoshapes.py", folder, "--train", "6", "--val", "3", "--size", "192"]
     subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
     return folder
 

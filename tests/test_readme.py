@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import update_tables
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import update_tables  # noqa: E402
 
 
 def readme_row(task):
@@ -64,5 +63,6 @@ def test_every_file_that_the_documents_link_to_exists():
 
 def test_every_tool_and_config_that_the_documents_name_exists():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]:
-        for path in re.findall(r"\b((?:tools|det_configs|seg_configs)/\w+\.py)\b", document.read_text()):
+        text = document.read_text()
+        for path in re.findall(r"\b((?:tools|benchmarks|examples|det_configs|seg_configs)/\w+\.py)\b", text):
             assert (ROOT / path).exists(), f"{document}: {path}"

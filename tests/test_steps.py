@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.steps import Steps, fingerprint, write
+from examples.steps import Steps, fingerprint, write
 
 
 class Work:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import cli, mm_config
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import cli  # noqa: E402
-import mm_config  # noqa: E402
 
 DET, SEG = "det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"
 
@@ -82,7 +81,7 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, tool, arguments, messag
 def test_missing_photoshapes_are_made_by_a_command(monkeypatch, tmp_path):
     cfg = load(DET)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"python tools/make_photoshapes.py data/photoshapes"):
+    with pytest.raises(FileNotFoundError, match=r"python examples/make_photoshapes.py data/photoshapes"):
         mm_config.check_data(cfg, ["test_dataloader"])
 
 

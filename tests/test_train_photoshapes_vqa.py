@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from tools import make_photoshapes
-from tools import train_photoshapes_vqa as training
+from examples import make_photoshapes
+from examples import train_photoshapes_vqa as training
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,11 @@ from PIL import Image, ImageFile
 
 from apt_backbones import PatchLayout
 from apt_backbones.images import find_images, read_rgb
+from tools import drawing, video
+from tools.patch_settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "visualize.py"
-sys.path.insert(0, str(ROOT / "tools"))
-import drawing  # noqa: E402
-import video  # noqa: E402
-from patch_settings import settings_of  # noqa: E402
 
 DET = ["--config", ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"]
 DET_WEIGHTS = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"

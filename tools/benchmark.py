@@ -27,14 +27,14 @@ import sys
 from pathlib import Path
 
 import torch
-from bench import report
-from bench.build import DTYPES, MODES, make_host
-from bench.measure import measure
-from cli import parser_of, run
 from rich.console import Console
-from steps import write
 
+from tools.cli import parser_of, run
 from apt_backbones.eva02 import PADDING_MODES
+from benchmarks import report
+from benchmarks.build import DTYPES, MODES, make_host
+from benchmarks.measure import measure
+from examples.steps import write
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,14 +14,14 @@ import time
 import warnings
 
 import torch
-from cli import parser_of, run
-from mm_config import read_config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt_backbones.mm.upernet  # noqa: F401  registers the head
+from tools.cli import parser_of, run
+from tools.mm_config import read_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("plain", "cheap")

@@ -7,9 +7,9 @@ examples:
   python tools/compare.py results/llava-1.5-7b results/llava-1.5-7b-apt
 
 A run is a folder of tools/test.py, tools/train.py (then its last validation), lmms-eval (--output_path) or
-tools/demo.py, or a table in JSON. Of several results in a folder the newest counts. Differences are to the first line,
-or, if the first run has several methods, to its line of the same method. Speeds of different machines or days tell
-little.
+examples/demo.py, or a table in JSON. Of several results in a folder the newest counts. Differences are to the first
+line, or, if the first run has several methods, to its line of the same method. Speeds of different machines or days
+tell little.
 """
 
 import json
@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cli import parser_of, run
-from steps import write
+from tools.cli import parser_of, run
+from examples.steps import write
 
 # Name in mmengine's logs -> title and factor; other metrics are shown only where none of these is.
 METRICS = {
@@ -84,7 +84,7 @@ def read_run(path: Path) -> list[Result]:
 
 
 def read_table(name: str, path: Path) -> list[Result]:
-    """What tools/photoshapes_results.py or tools/photoshapes_vqa_results.py wrote."""
+    """What examples/photoshapes_results.py or examples/photoshapes_vqa_results.py wrote."""
     try:
         table = json.loads(path.read_text())
         if "rows" in table:
@@ -105,7 +105,7 @@ def read_table(name: str, path: Path) -> list[Result]:
             for method, row in table["variants"].items()
         ]
     except (KeyError, TypeError, ValueError) as error:  # the last: no JSON, or no text at all
-        raise ValueError(f"{path} is no table of tools/photoshapes_results.py or photoshapes_vqa_results.py") from error
+        raise ValueError(f"{path} is not a table of photoshapes_results.py or photoshapes_vqa_results.py") from error
 
 
 def read_lmms_eval(name: str, content: dict) -> Result:

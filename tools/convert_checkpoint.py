@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from cli import parser_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tools.cli import parser_of
 from apt_backbones import convert_eva02, read_checkpoint
 
 KINDS = {"eva02-det": "det", "eva02-seg": "seg"}

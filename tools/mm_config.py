@@ -11,8 +11,8 @@ from mmengine.config import Config, DictAction
 SOURCES = {
     "data/coco": "put COCO there: train2017/, val2017/ and annotations/",
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
-    "data/photoshapes": "make it with: python tools/make_photoshapes.py data/photoshapes",
-    "data/photoshapes_big": "make it with: python tools/make_photoshapes.py data/photoshapes_big "
+    "data/photoshapes": "make it with: python examples/make_photoshapes.py data/photoshapes",
+    "data/photoshapes_big": "make it with: python examples/make_photoshapes.py data/photoshapes_big "
     "--train 8000 --val 400 --size 192 --min-diameter 0.2",
 }
 

@@ -49,7 +49,7 @@ def with_longest_side(pixels: int | None) -> Callable[[Image.Image], Image.Image
 
 
 def _mm_settings(config: str) -> PatchSettings:
-    from mm_config import read_config
+    from tools.mm_config import read_config
 
     cfg = read_config(config)
     model = cfg.model.get("module", cfg.model)  # test-time augmentation wraps the model

@@ -1,4 +1,4 @@
-"""PhotoShapes at 192 pixels (tools/make_photoshapes.py data/photoshapes) with a mild large-scale jitter."""
+"""PhotoShapes at 192 pixels (examples/make_photoshapes.py data/photoshapes) with a mild large-scale jitter."""
 
 size = (192, 192)
 data_root = "data/photoshapes/"

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import cli
 from rich import progress
 from rich.console import Console
+
+from tools import cli
 
 console = Console(stderr=True)
 

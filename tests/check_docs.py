@@ -2,11 +2,11 @@
 """Run every command and Python block of README.md and the other documents, small enough for a CPU.
 
 examples:
-  python tools/check_docs.py                       # all, in a temporary folder; what make docs-check does
-  python tools/check_docs.py --list                # what runs in place of what the documents say
-  python tools/check_docs.py --only calibrate.py   # commands that hold this text
+  python -m tests.check_docs                       # all, in a temporary folder; what make docs-check does
+  python -m tests.check_docs --list                # what runs in place of what the documents say
+  python -m tests.check_docs --only calibrate.py   # commands that hold this text
 
-tools/docs_table.py says what is substituted. A command that fails, or names a program, option or file that does not
+tests/docs_table.py says what is substituted. A command that fails, or names a program, option or file that does not
 exist, fails the check.
 """
 
@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import parser_of, run
-from docs_table import PRELUDES, SUBSTITUTIONS, fill
 from rich.console import Console
+
+from tools.cli import parser_of, run
+from tests.docs_table import PRELUDES, SUBSTITUTIONS, fill
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -136,5 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     run(main)

@@ -2,8 +2,8 @@
 """Write the results tables of the READMEs from docs/results/*.json and docs/benchmarks/*.json.
 
 examples:
-  python tools/update_tables.py          # after new results
-  python tools/update_tables.py --check  # tells whether the tables are up to date, and changes nothing
+  python benchmarks/update_tables.py          # after new results
+  python benchmarks/update_tables.py --check  # tells whether the tables are up to date, and changes nothing
 
 A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: summary, det, seg, vqa, speeds,
 and bench:FILE for a table of docs/benchmarks/FILE.json.
@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from cli import parser_of, run
+from tools.cli import parser_of, run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "det_configs/README.md", "seg_configs/README.md", "llava_apt/README.md")

@@ -12,8 +12,8 @@ to look: from the word for a shape or a colour at the image tokens that show it.
 An interrupted run, started again, does not repeat the alignment if that was finished.
 
 example:
-  python tools/make_photoshapes.py data/photoshapes_big --train 8000 --val 400 --size 192 --min-diameter 0.2
-  python tools/train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense
+  python examples/make_photoshapes.py data/photoshapes_big --train 8000 --val 400 --size 192 --min-diameter 0.2
+  python examples/train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense
 """
 
 import argparse
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cli import parser_of, run
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.console import Console
@@ -48,6 +47,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
+from tools.cli import parser_of, run
 from llava_apt.data import read_records
 from llava_apt.prompt import IMAGE, SYSTEM
 
@@ -382,7 +382,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("data", type=Path, help="folder that tools/make_photoshapes.py made")
+    parser.add_argument("data", type=Path, help="folder that examples/make_photoshapes.py made")
     parser.add_argument("destination", type=Path, help="folder for the checkpoint; must not exist")
     parser.add_argument("--alignment-steps", type=int, default=2500, help="of the tower (%(default)s)")
     parser.add_argument("--steps", type=int, default=900, help="of the language model (%(default)s)")

@@ -2,8 +2,8 @@
 """Table of LLaVA on PhotoShapes' questions, scored by lmms-eval: dense, random, resizing, APT before and after tuning.
 
 examples:
-  python tools/photoshapes_vqa_results.py data/photoshapes_big work_dirs/llava_dense work_dirs/llava_apt
-  python tools/photoshapes_vqa_results.py data/photoshapes_big llava_apt/checkpoints/small_photoshapes \\
+  python examples/photoshapes_vqa_results.py data/photoshapes_big work_dirs/llava_dense work_dirs/llava_apt
+  python examples/photoshapes_vqa_results.py data/photoshapes_big llava_apt/checkpoints/small_photoshapes \\
       work_dirs/llava_apt --limit 200 --rounds 3
 
 Writes NAME.json (every figure, hardware, versions, command) and NAME.md. Speeds come from the same run: before the
@@ -26,19 +26,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from cli import parser_of
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-from machine import processor
 from PIL import Image
-from steps import Steps, fingerprint, run, write
 from torch import Tensor
 
 import llava_apt
+from tools.cli import parser_of
+from examples.steps import Steps, fingerprint, run, write
 from llava_apt.data import read_records
 from llava_apt.lmms_eval_plugin import LlavaAptSimple
 from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
+from tools.machine import processor
 
 TASK = "photoshapes_vqa"
 TYPES = ("yes/no", "shape", "colour", "count", "position")
@@ -269,8 +269,8 @@ def write_tables(report: dict, path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("data", type=Path, help="folder that tools/make_photoshapes.py made")
-    add("dense", type=Path, help="checkpoint that tools/train_photoshapes_vqa.py made")
+    add("data", type=Path, help="folder that examples/make_photoshapes.py made")
+    add("dense", type=Path, help="checkpoint that examples/train_photoshapes_vqa.py made")
     add("new_layers", type=Path, help="folder or file that llava_apt.finetune made from it")
     add("--thresholds", default="28=4.5", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
     add("--output", type=Path, default=Path("docs/results/photoshapes_vqa"), help="without ending (%(default)s)")
@@ -286,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    report = measure(args, shlex.join(["python", "tools/photoshapes_vqa_results.py", *sys.argv[1:]]))
+    report = measure(args, shlex.join(["python", "examples/photoshapes_vqa_results.py", *sys.argv[1:]]))
     write_tables(report, args.output)
     print(markdown(report))
 

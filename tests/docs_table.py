@@ -1,4 +1,4 @@
-"""What tools/check_docs.py runs in place of what the documents say: small files for large ones, one processor for GPUs.
+"""What tests/check_docs.py runs in place of what the documents say: small files for large ones, one processor for GPUs.
 
 Everything that a document names and that is not listed here runs as it is written.
 """
@@ -17,11 +17,11 @@ SUBSTITUTIONS = (
     (".venv/bin/python -m pytest -m gpu", "python -m pytest -m gpu --collect-only tests/test_eva02.py"),
     (".venv/bin/pre-commit install", "python -m pre_commit validate-config"),
     # A machine without a package index: wheels cannot be carried to where they come from.
-    ("tools/carry_wheels.sh wheels", "bash -n tools/carry_wheels.sh"),
+    ("benchmarks/carry_wheels.sh wheels", "bash -n benchmarks/carry_wheels.sh"),
     ("python3 -m pip install --no-index --no-deps --target site wheels/*.whl", "python3 -m pip --version"),
     ("python3 -m pytest -m gpu", "python -m pytest -m gpu --collect-only tests/test_eva02.py"),
-    ("TARGET=site tools/build_mmcv_cuda.sh wheels/onedl_mmcv-*.tar.gz", "bash -n tools/build_mmcv_cuda.sh"),
-    ("bench_all.py --images wheels/photos", "bench_all.py --list"),
+    ("TARGET=site benchmarks/build_mmcv_cuda.sh wheels/onedl_mmcv-*.tar.gz", "bash -n benchmarks/build_mmcv_cuda.sh"),
+    ("run_all.py --images wheels/photos", "run_all.py --list"),
     # Hardware.
     ("torchrun --nproc_per_node 8", "torchrun --nproc_per_node 1"),
     ("torchrun --nproc-per-node 8", "torchrun --nproc-per-node 1"),
@@ -104,14 +104,14 @@ def fill(folder: Path) -> None:
     import numpy as np
     import skimage
     import torch
-    from make_photoshapes import make_photoshapes
     from PIL import Image
-    from video import write_video
 
+    from examples.make_photoshapes import make_photoshapes
     from tests.golden import load_golden
     from tests.llava_tiny import save_hub_checkpoint
+    from tools.video import write_video
 
-    for name in ("tools", "apt_backbones", "llava_apt", "tests", "docs"):
+    for name in ("tools", "benchmarks", "examples", "apt_backbones", "llava_apt", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "setup.py", ".pre-commit-config.yaml", "README.md"):
         shutil.copy(ROOT / name, folder / name)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from drawing import COLOURS, draw_grid, zoom_for
 from PIL import Image, ImageDraw, ImageFont
 
 from apt_backbones import PatchLayout
+from tools.drawing import COLOURS, draw_grid, zoom_for
 
 # Okabe and Ito's, told apart with any colour vision.
 CLASS_COLOURS = (

@@ -14,16 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from machine import hardware
-from mm_config import advice_for
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from steps import Steps, announced, console, digest, fingerprint, track
 
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
+from examples.steps import Steps, announced, console, digest, fingerprint, track
+from tools.machine import hardware
+from tools.mm_config import advice_for
 
 PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3

@@ -1,6 +1,9 @@
 #!/usr/bin/env python
 """Make PhotoShapes: textured shapes on real photographs, for detection, segmentation and question answering.
 
+examples:
+  python examples/make_photoshapes.py data/photoshapes --train 600 --val 120
+
 The photographs are those in scikit-image's wheel; nothing is downloaded. Training scenes see only the left half of
 every photograph and validation scenes the right half, as background and as texture. What is written:
 
@@ -10,7 +13,6 @@ every photograph and validation scenes the right half, as background and as text
     vqa_{training,validation}.json                    LLaVA's conversations, plus "question_type"
 """
 
-import argparse
 import colorsys
 import functools
 import importlib.util
@@ -33,6 +35,8 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from tools.cli import parser_of, run
 
 SPLITS = ("training", "validation")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -436,11 +440,7 @@ def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python tools/make_photoshapes.py data/photoshapes --train 600 --val 120",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("destination", metavar="DST", help="folder to make; must not exist, or be empty")
     parser.add_argument("--train", type=int, default=600, metavar="N", help="training images (default %(default)s)")
     parser.add_argument("--val", type=int, default=120, metavar="N", help="validation images (default %(default)s)")
@@ -459,9 +459,7 @@ def main():
     try:
         made = make_photoshapes(**vars(args))
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted; nothing is left in {args.destination}")
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        sys.exit(f"interrupted; nothing is left in {args.destination}")
 
     table = Table(str(args.destination), *made)
     table.add_row("images", *(str(len(coco["images"])) for coco, _ in made.values()))
@@ -475,4 +473,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

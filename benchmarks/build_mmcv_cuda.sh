@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build mmcv with its CUDA operators from source, for the torch that is installed: tools/build_mmcv_cuda.sh [SDIST]
+# Build mmcv with its CUDA operators from source, for the torch that is installed: benchmarks/build_mmcv_cuda.sh [SDIST]
 #
-# For GPU machines that bring their own torch. SDIST is a source archive that was carried along (tools/carry_wheels.sh);
+# For GPU machines that bring their own torch. SDIST is a source archive that was carried along (benchmarks/carry_wheels.sh);
 # without it pip fetches one. Only operators for this machine's GPU are compiled, on all cores, so that it takes
 # minutes; CUDA_ARCH=9.0 names another architecture. TARGET=DIR installs into a folder, which belongs on PYTHONPATH.
 # Whole detectors and segmenters (benchmark.py --whole) need this; trunks, LLaVA and `pytest -m gpu` do not.

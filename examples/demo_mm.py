@@ -3,19 +3,29 @@
 import sys
 from pathlib import Path
 
-import demo_pictures
-import drawing
 import numpy as np
 import torch
-from demo_page import data_uri
-from demo_pictures import class_legend, detections, label_map, patch_legend, patches, spread
 from mmengine.structures import BaseDataElement
-from photoshapes_runs import AFTER, DENSE, TIMED_IMAGES, TIMED_ROUNDS, Experiment, Row, quiet, scorer_of, training_log
 from PIL import Image
-from steps import fingerprint
 
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.images import read_rgb
+from examples import demo_pictures
+from examples.demo_page import data_uri
+from examples.demo_pictures import class_legend, detections, label_map, patch_legend, patches, spread
+from examples.photoshapes_runs import (
+    AFTER,
+    DENSE,
+    TIMED_IMAGES,
+    TIMED_ROUNDS,
+    Experiment,
+    Row,
+    quiet,
+    scorer_of,
+    training_log,
+)
+from examples.steps import fingerprint
+from tools import drawing
 
 SURE = 0.5  # score from which on a detection is drawn
 

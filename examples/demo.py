@@ -2,8 +2,8 @@
 """See adaptive patches at work: a small dense model becomes an APT on this machine, and one page shows what that gives.
 
 examples:
-  python tools/demo.py det
-  python tools/demo.py llava --removed 0.4
+  python examples/demo.py det
+  python examples/demo.py llava --removed 0.4
 
 Finds thresholds for a token budget, trains the new layers for a few minutes, evaluates all methods, times them and a
 network of real size, and draws pictures; then writes OUT/TASK/index.html and a table. Started again, it goes on where
@@ -18,12 +18,14 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from cli import parser_of
-from demo_page import render, share_histogram, training_curve
-from machine import hardware
 from mmengine.config import DictAction
-from steps import Steps, console, fingerprint, run, write
 
+from tools.cli import parser_of
+from examples.demo_page import render, share_histogram, training_curve
+from examples.steps import Steps, console, fingerprint, run, write
+from tools.machine import hardware
+
+ROOT = Path(__file__).parents[1]
 DENSE = {
     "det": Path("det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
     "seg": Path("seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
@@ -54,9 +56,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def mm_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
-    import demo_mm
-    from photoshapes_results import measure, write_tables
-    from photoshapes_runs import Experiment
+    from examples import demo_mm
+    from examples.photoshapes_results import measure, write_tables
+    from examples.photoshapes_runs import Experiment
 
     experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
     results = measure(experiment, args.task, command)
@@ -66,8 +68,8 @@ def mm_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
 
 
 def llava_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
-    import demo_llava
-    from photoshapes_vqa_results import write_tables
+    from examples import demo_llava
+    from examples.photoshapes_vqa_results import write_tables
 
     adaptation = demo_llava.Adaptation(args.dense, args.data, args.removed, folder)
     report = adaptation.measure(args.limit, command)
@@ -89,7 +91,7 @@ def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
     def measure() -> dict:
         file = steps.folder / "real_size.part"
         steps.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *arguments, "--json", str(file)]
+        command = [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments, "--json", str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -100,7 +102,7 @@ def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
     inputs = {
         "arguments": arguments,
         "hardware": hardware(),
-        "code": fingerprint(Path(__file__).parent / "bench", pattern="*.py"),
+        "code": fingerprint(ROOT / "benchmarks", pattern="*.py"),
     }
     return steps.run("real_size", f"speed of {what}", inputs, measure)
 
@@ -173,7 +175,7 @@ def main() -> None:
     if not args.dense.exists():
         raise FileNotFoundError(f"no dense model at {args.dense}; name one with --dense")
     folder = args.out / args.task
-    command = shlex.join(["tools/demo.py", *sys.argv[1:]])
+    command = shlex.join(["examples/demo.py", *sys.argv[1:]])
     content = (llava_content if args.task == "llava" else mm_content)(args, folder, command)
     write(folder / "index.html", render(page_of(args.task, content, command)))
     console.print(

@@ -48,7 +48,7 @@ def make_host(config: str | None, side: int | None, args: argparse.Namespace) ->
 
 
 def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, dict]:
-    from mm_config import read_config
+    from tools.mm_config import read_config
 
     cfg = read_config(path, import_custom_modules=False)
     arguments = {key: value for key, value in cfg.model.backbone.items() if key not in HOST_ONLY}

@@ -10,21 +10,19 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
 from pathlib import Path
 
-import demo_pictures
-import drawing
-import photoshapes_vqa_results as vqa
 import torch
 from datasets import disable_progress_bars
-from demo_page import data_uri
-from demo_pictures import patch_legend, patches, spread
-from mm_config import advice_for
 from PIL import Image
-from steps import Steps, announced, console, digest, fingerprint, track, write
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from apt_backbones import PatchLayout
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 from apt_backbones.images import read_rgb, to_tensor
+from examples import demo_pictures
+from examples import photoshapes_vqa_results as vqa
+from examples.demo_page import data_uri
+from examples.demo_pictures import patch_legend, patches, spread
+from examples.steps import Steps, announced, console, digest, fingerprint, track, write
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
 from llava_apt.finetune import finetune, last_complete_checkpoint, parser
@@ -32,6 +30,8 @@ from llava_apt.lmms_eval_plugin import LlavaAptSimple
 from llava_apt.new_layers import FILE_NAME
 from llava_apt.patches import denormalise
 from llava_apt.prompt import question_prompt
+from tools import drawing
+from tools.mm_config import advice_for
 
 # About 100 steps. New layers of so small a model take a larger learning rate than LLaVA's, and more steps are better.
 FRACTION, BATCH, LEARNING_RATE = 0.05, 32, 3e-3
@@ -62,7 +62,7 @@ class Adaptation:
 
     Args:
         dense: checkpoint, a folder in transformers' layout.
-        data: folder that tools/make_photoshapes.py made.
+        data: folder that examples/make_photoshapes.py made.
         removed: share of content tokens to remove.
         folder: for everything that is kept between runs.
 

@@ -2,8 +2,8 @@
 """Results on PhotoShapes, all from one command.
 
 examples:
-  python tools/photoshapes_results.py det
-  python tools/photoshapes_results.py det --dense det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors
+  python examples/photoshapes_results.py det
+  python examples/photoshapes_results.py det --dense det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors
 
 Trains the dense model (or resumes it, or takes it if it is finished), finds thresholds that remove the asked share of
 the images' content tokens, short-fine-tunes, evaluates every method on the validation images, and times them
@@ -17,11 +17,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from cli import parser_of
-from machine import hardware
 from mmengine.config import DictAction
-from photoshapes_runs import TASKS, Experiment, minutes_trained, scorer_of
-from steps import run, write
+
+from tools.cli import parser_of
+from examples.photoshapes_runs import TASKS, Experiment, minutes_trained, scorer_of
+from examples.steps import run, write
+from tools.machine import hardware
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -105,7 +106,7 @@ def write_tables(results: dict, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     experiment = Experiment(args.task, args.dense, args.removed, args.work_dir / args.task, args.cfg_options)
-    command = shlex.join(["tools/photoshapes_results.py", *(argv or sys.argv[1:])])
+    command = shlex.join(["examples/photoshapes_results.py", *(argv or sys.argv[1:])])
     results = measure(experiment, args.task, command)
     write_tables(results, args.out)
     print(table(results))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU machine without a package index needs beside its own torch: tools/carry_wheels.sh DIR
+# What a GPU machine without a package index needs beside its own torch: benchmarks/carry_wheels.sh DIR
 #
 # Run it where pip works, and copy DIR (40 MB) to the machine together with the checkout; docs/benchmarks/README.md says
 # how to go on there.
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DIR=${1:?usage: tools/carry_wheels.sh DIR}
+DIR=${1:?usage: benchmarks/carry_wheels.sh DIR}
 PYTHON=${PYTHON:-python3}
 die() { printf '[wheels] error: %s\n' "$*" >&2; exit 1; }
 
@@ -34,9 +34,8 @@ pip() { "$PYTHON" -m pip --disable-pip-version-check "$1" -q --no-deps "${@:2}" 
 }
 "$PYTHON" - "$DIR/photos" <<'PY' || die "the photographs come from scikit-image; install it, or set PYTHON="
 import shutil, sys
-sys.path.insert(0, "tools")
 from pathlib import Path
-from bench.images import photographs
+from benchmarks.images import photographs
 
 target = Path(sys.argv[1])
 target.mkdir(exist_ok=True)

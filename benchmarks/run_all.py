@@ -2,15 +2,15 @@
 """All benchmarks that suit this machine, into one folder; a short table comes last.
 
 examples:
-  python tools/bench_all.py
-  python tools/bench_all.py --list
-  python tools/bench_all.py --out my_benchmarks --images photos/
+  python benchmarks/run_all.py
+  python benchmarks/run_all.py --list
+  python benchmarks/run_all.py --out my_benchmarks --images photos/
 
 Without a GPU: trunks, a segmenter with both heads, a small LLaVA, a training step and scoring, about 20 minutes on two
 cores. With one, in bfloat16: whole models, trunks, LLaVA-1.5-7B, a training step and how cost grows, under 10 minutes
 on an H200. Every part is a run of tools/benchmark.py in a process of its own with its own time limit: one that fails is
 reported and does not stop the others, and what is finished is on disk. Parts that need mmcv's operators fail where they
-are not installed; see tools/build_mmcv_cuda.sh.
+are not installed; see benchmarks/build_mmcv_cuda.sh.
 """
 
 import argparse
