@@ -21,8 +21,9 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from tools.cli import parser_of
+from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
-from examples.steps import Steps, console, fingerprint, run, write
+from examples.steps import Steps, console, fingerprint, run
 from tools.machine import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +178,7 @@ def main() -> None:
     folder = args.out / args.task
     command = shlex.join(["examples/demo.py", *sys.argv[1:]])
     content = (llava_content if args.task == "llava" else mm_content)(args, folder, command)
-    write(folder / "index.html", render(page_of(args.task, content, command)))
+    write_atomically(folder / "index.html", render(page_of(args.task, content, command)))
     console.print(
         f"\nDone: open [bold]{folder / 'index.html'}[/] in a browser. "
         "Next: your own checkpoint, with the commands at the page's end.",

@@ -17,12 +17,13 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from apt_backbones import PatchLayout
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
+from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb, to_tensor
 from examples import demo_pictures
 from examples import photoshapes_vqa_results as vqa
 from examples.demo_page import data_uri
 from examples.demo_pictures import patch_legend, patches, spread
-from examples.steps import Steps, announced, console, digest, fingerprint, track, write
+from examples.steps import Steps, announced, console, digest, fingerprint, track
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
 from llava_apt.finetune import finetune, last_complete_checkpoint, parser
@@ -130,7 +131,7 @@ class Adaptation:
         try:
             yield
         finally:
-            write(folder / "minutes.json", json.dumps(before + (time.perf_counter() - started) / 60))
+            write_atomically(folder / "minutes.json", json.dumps(before + (time.perf_counter() - started) / 60))
 
     def minutes_tuned(self, folder: Path) -> float:
         note = folder / "minutes.json"

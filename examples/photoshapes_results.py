@@ -20,8 +20,9 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from tools.cli import parser_of
+from apt_backbones.files import write_atomically
 from examples.photoshapes_runs import TASKS, Experiment, minutes_trained, scorer_of
-from examples.steps import run, write
+from examples.steps import run
 from tools.machine import hardware
 
 
@@ -99,8 +100,8 @@ def table(results: dict) -> str:
 
 def write_tables(results: dict, folder: Path) -> None:
     """``photoshapes_TASK.json`` and ``.md``."""
-    write(folder / f"photoshapes_{results['task']}.json", json.dumps(results, indent=1) + "\n")
-    write(folder / f"photoshapes_{results['task']}.md", table(results))
+    write_atomically(folder / f"photoshapes_{results['task']}.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(folder / f"photoshapes_{results['task']}.md", table(results))
 
 
 def main(argv: list[str] | None = None) -> None:

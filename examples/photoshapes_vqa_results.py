@@ -33,7 +33,8 @@ from torch import Tensor
 
 import llava_apt
 from tools.cli import parser_of
-from examples.steps import Steps, fingerprint, run, write
+from apt_backbones.files import write_atomically
+from examples.steps import Steps, fingerprint, run
 from llava_apt.data import read_records
 from llava_apt.lmms_eval_plugin import LlavaAptSimple
 from llava_apt.new_layers import FILE_NAME
@@ -262,8 +263,8 @@ def machine(device: str, threads: int) -> str:
 
 def write_tables(report: dict, path: Path) -> None:
     """PATH.json and PATH.md."""
-    write(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    write(path.with_suffix(".md"), markdown(report))
+    write_atomically(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), markdown(report))
 
 
 def parser() -> argparse.ArgumentParser:

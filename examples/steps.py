@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from rich import progress
 from rich.console import Console
 
+from apt_backbones.files import write_atomically
 from tools import cli
 
 console = Console(stderr=True)
@@ -44,7 +44,7 @@ class Steps:
             return kept["result"]
         with announced(title):
             result = as_json(function())
-        write(path, json.dumps({"inputs": inputs, "result": result}))
+        write_atomically(path, json.dumps({"inputs": inputs, "result": result}))
         return result
 
 
@@ -87,14 +87,6 @@ def fingerprint(*paths: str | Path, pattern: str = "*") -> str:
                 known.update(str(file.relative_to(path)).encode())
                 known.update(hashlib.sha256(file.read_bytes()).digest())
     return known.hexdigest()[:10]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def run(main: Callable[[], object]) -> None:

@@ -48,6 +48,7 @@ from transformers import (
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from tools.cli import parser_of, run
+from apt_backbones.files import write_atomically
 from llava_apt.data import read_records
 from llava_apt.prompt import IMAGE, SYSTEM
 
@@ -369,9 +370,7 @@ def train(args: argparse.Namespace) -> None:
         seeing = [llava.vision_tower, llava.multi_modal_projector, embedding, no_name, centre]
         parameters = [parameter for module in seeing for parameter in module.parameters()]
         optimise("alignment", parameters, args.alignment_steps, 1e-3, loader, alignment)
-        unfinished.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(unfinished / "part"))
-        os.replace(unfinished / "part", aligned)
+        write_atomically(aligned, lambda path: save_model(model, str(path)))
     parameters = [*llava.multi_modal_projector.parameters(), *llava.language_model.parameters()]
     optimise("answers", parameters, args.steps, args.learning_rate, loader, answers)
     aligned.unlink()

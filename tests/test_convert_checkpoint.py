@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tools.cli import run
 from apt_backbones import read_checkpoint
 from tests.golden import load_golden
 from tools import convert_checkpoint
@@ -22,7 +23,7 @@ def original(tmp_path):
 
 
 def main(*arguments):
-    convert_checkpoint.main([str(argument) for argument in arguments])
+    run(lambda: convert_checkpoint.main([str(argument) for argument in arguments]))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -31,10 +31,10 @@ from rich.console import Console
 
 from tools.cli import parser_of, run
 from apt_backbones.eva02 import PADDING_MODES
+from apt_backbones.files import write_atomically
 from benchmarks import report
 from benchmarks.build import DTYPES, MODES, make_host
 from benchmarks.measure import measure
-from examples.steps import write
 
 
 def parse_args() -> argparse.Namespace:
@@ -106,7 +106,7 @@ def main() -> None:
             of_config += measure_model(config, side, args, console)
             if args.json:
                 content = {**report.environment(args.device), "results": results + of_config}
-                write(args.json, json.dumps(content, indent=1) + "\n")
+                write_atomically(args.json, json.dumps(content, indent=1) + "\n")
         results += of_config
         if args.plot:
             args.plot.parent.mkdir(parents=True, exist_ok=True)

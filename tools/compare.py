@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tools.cli import parser_of, run
-from examples.steps import write
+from apt_backbones.files import write_atomically
 
 # Name in mmengine's logs -> title and factor; other metrics are shown only where none of these is.
 METRICS = {
@@ -205,7 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     results = compare([read_run(path) for path in args.runs])
     if args.json:
-        write(args.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+        write_atomically(args.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
     print(markdown(results))
 
 
