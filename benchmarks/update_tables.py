@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 from tools.cli import parser_of, run
+from examples.report import AFTER, DENSE, markdown_of
+from tools.results import markdown, read_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "det_configs/README.md", "seg_configs/README.md", "llava_apt/README.md")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-TUNED = "APT after the short fine-tune"
 
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
 # merging, at 70 % and at 50 % of the tokens.
@@ -50,8 +51,8 @@ SPEEDS = (
 )
 
 
-def results(task: str) -> dict:
-    return json.loads((ROOT / f"docs/results/photoshapes_{task}.json").read_text())
+def report(task: str) -> Path:
+    return ROOT / f"docs/results/photoshapes_{task}.json"
 
 
 def benchmark(name: str) -> dict:
@@ -59,9 +60,7 @@ def benchmark(name: str) -> dict:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are to the right, but for the first."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown(dict(zip(head, zip(*rows))))
 
 
 def summary() -> str:
@@ -70,71 +69,13 @@ def summary() -> str:
     for title, task, metric in (
         ("detection, Cascade Mask R-CNN", "det", "box mAP"),
         ("segmentation, UperNet", "seg", "mIoU"),
+        ("LLaVA, questions", "vqa", "accuracy"),
     ):
-        of = {row["title"]: row for row in results(task)["rows"]}
-        accuracies = [of[name]["metrics"][metric] for name in ("dense", "random", "resizing", TUNED)]
-        speed = of[TUNED]["images_per_second"] / of["dense"]["images_per_second"]
-        numbers = [f"{accuracy:.1f}" for accuracy in accuracies]
-        rows.append([title, metric, *numbers, f"{of[TUNED]['content_kept']:.1%}", f"{speed:.2f}x"])
-    of = results("vqa")["variants"]
-    numbers = [f"{of[name]['accuracy']['']:.1f}" for name in ("dense", "random", "resizing", "APT")]
-    kept = of["APT"]["content_tokens"] / of["dense"]["content_tokens"]
-    rows.append(["LLaVA, questions", "accuracy", *numbers, f"{kept:.1%}", f"{vqa_speed('APT'):.2f}x"])
+        of = {result.method: result for result in read_table(report(task))}
+        numbers = [f"{of[name].metrics[metric]:.1f}" for name in (DENSE, "random", "resizing", AFTER)]
+        rows.append([title, metric, *numbers, f"{of[AFTER].content_kept:.1%}", f"{of[AFTER].relative_speed:.2f}x"])
     head = ["task", "metric", "dense", "random", "resizing", "APT", "content tokens kept", "speed of the whole model"]
     return table(head, rows)
-
-
-def methods(task: str) -> str:
-    """One row per method of detection or segmentation, with what it takes to repeat it."""
-    measured = results(task)
-    metrics = list(measured["rows"][0]["metrics"])
-    dense = measured["rows"][0]["images_per_second"]
-    rows = []
-    for row in measured["rows"]:
-        padding = "none" if row["padding_kept"] is None else f"{row['padding_kept']:.1%}"
-        numbers = [f"{row['metrics'][name]:.1f}" for name in metrics]
-        speeds = [f"{row['images_per_second']:.2f}", f"{row['images_per_second'] / dense:.2f}x"]
-        config = f"[{Path(row['config']).stem}]({Path(row['config']).name})"
-        rows.append([row["title"], config, *numbers, f"{row['content_kept']:.1%}", padding, *speeds])
-    head = ["method", "config", *metrics, "content tokens", "padding tokens", "img/s", "to dense"]
-    thresholds = ", ".join(f"{size} px: {threshold:g}" for size, threshold in measured["thresholds"].items())
-    return (
-        f"{table(head, rows)}\nHardware: {measured['hardware']}. Thresholds ({measured['scorer']}): {thresholds}. "
-        f"Checkpoints: {source_of(measured)}; `python {measured['command']}`.\n"
-    )
-
-
-def source_of(measured: dict) -> str:
-    """Where the weights behind a table come from."""
-    minutes = measured["minutes_dense"]
-    trained = "shipped" if minutes is None else f"trained from scratch in {minutes:.0f} minutes"
-    return f"dense {trained}, adaptive short-fine-tuned from it in {measured['minutes_short_finetune']:.1f} minutes"
-
-
-def vqa() -> str:
-    """One row per variant of the small LLaVA."""
-    measured = results("vqa")
-    kinds = list(measured["majority"])
-    rows = [["most frequent answer", *(f"{measured['majority'][kind]:.1f}" for kind in kinds), "", "", "", ""]]
-    for name, variant in measured["variants"].items():
-        accuracies = [f"{variant['accuracy'][kind]:.1f}" for kind in kinds]
-        tokens = [f"{variant['tokens']:.1f}", f"{variant['content_tokens']:.1f}"]
-        speed = sorted(variant["samples_per_second"])[len(variant["samples_per_second"]) // 2]
-        rows.append([name, *accuracies, *tokens, f"{speed:.1f}", f"{vqa_speed(name):.2f}x"])
-    head = ["", *(kind or "all" for kind in kinds), "tokens", "without padding", "samples/s", "to dense"]
-    setup = measured["setup"]
-    return (
-        f"{table(head, rows)}\nAccuracies in percent, image tokens per image. Hardware: {setup['machine']}. "
-        f"Thresholds: {setup['thresholds']} (pixels=bits). Checkpoints: trained by the commands above; "
-        f"`{setup['command']}`.\n"
-    )
-
-
-def vqa_speed(name: str) -> float:
-    """Speed relative to dense: the median of the rounds, each of which ran both."""
-    of = results("vqa")["variants"]
-    ratios = sorted(a / b for a, b in zip(of[name]["samples_per_second"], of["dense"]["samples_per_second"]))
-    return ratios[len(ratios) // 2]
 
 
 def bench(name: str) -> str:
@@ -165,15 +106,11 @@ def text_of(name: str) -> str:
     """What stands between a table's markers."""
     if name.startswith("bench:"):
         return bench(name.removeprefix("bench:"))
-    tables = {
-        "summary": summary,
-        "vqa": vqa,
-        "speeds": speeds,
-        "det": lambda: methods("det"),
-        "seg": lambda: methods("seg"),
-    }
+    if name in ("det", "seg", "vqa"):
+        return markdown_of(report(name))
+    tables = {"summary": summary, "speeds": speeds}
     if name not in tables:
-        raise ValueError(f"no table is called {name!r}; there are {', '.join(tables)} and bench:FILE")
+        raise ValueError(f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa and bench:FILE")
     return tables[name]()
 
 

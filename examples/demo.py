@@ -23,11 +23,13 @@ from mmengine.config import DictAction
 from tools.cli import parser_of
 from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
+from examples.report import AFTER, BEFORE, DENSE, thresholds_of, write_report
 from examples.steps import Steps, console, fingerprint, run
 from tools.machine import hardware
+from tools.results import columns, read_table
 
 ROOT = Path(__file__).parents[1]
-DENSE = {
+CHECKPOINTS = {
     "det": Path("det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
     "seg": Path("seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"),
     "llava": Path("llava_apt/checkpoints/small_photoshapes"),
@@ -38,12 +40,20 @@ REAL_SIZE = {
     "seg": ("the trunk of EVA-02-B at 512 px", ["seg_configs/eva02_b_apt_512.py"]),
     "llava": ("an answer of a larger LLaVA", ["llava-small"]),
 }
+METHODS = {
+    DENSE: "the unchanged model, every patch of one size.",
+    "random": "as many tokens as APT keeps, the others dropped at random.",
+    "resizing": "APT's patches without its new layers.",
+    BEFORE: "equal to resizing: the new layers start at zero.",
+    AFTER: "the new layers trained, everything else as in the dense model.",
+    "most frequent answer": "what training answers most often, without looking.",
+}
 TITLES = {"det": "detection", "seg": "segmentation", "llava": "vision-language models"}
 
 
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("task", choices=DENSE)
+    parser.add_argument("task", choices=CHECKPOINTS)
     parser.add_argument("--dense", type=Path, help="the dense model: a file, for llava a folder (default: the shipped)")
     parser.add_argument("--removed", type=float, default=0.27, help="share of content tokens to remove (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/demo"), help="for everything (%(default)s)")
@@ -56,27 +66,33 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mm_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
-    from examples import demo_mm
-    from examples.photoshapes_results import measure, write_tables
-    from examples.photoshapes_runs import Experiment
+def content_of(args: argparse.Namespace, folder: Path, command: str) -> dict:
+    """What the page shows, as far as it depends on the task; also writes the report's file."""
+    if args.task == "llava":
+        from examples import demo_llava as module
 
-    experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
-    results = measure(experiment, args.task, command)
-    write_tables(results, folder)
-    real_size = time_real_size(args.task, experiment.steps, 1 - args.removed, experiment.data / "images/validation")
-    return {**demo_mm.content(experiment, results, args.pictures), "real_size": real_size}
+        experiment = module.Adaptation(args.dense, args.data, args.removed, folder, args.limit)
+        words = {"what": "LLaVA", "speed_text": module.SPEED, "next": module.NEXT}
+    else:
+        from examples import demo_mm as module
+        from examples.photoshapes_runs import Experiment
 
-
-def llava_content(args: argparse.Namespace, folder: Path, command: str) -> dict:
-    from examples import demo_llava
-    from examples.photoshapes_vqa_results import write_tables
-
-    adaptation = demo_llava.Adaptation(args.dense, args.data, args.removed, folder)
-    report = adaptation.measure(args.limit, command)
-    write_tables(report, folder / "photoshapes_vqa")
-    real_size = time_real_size("llava", adaptation.steps, 1 - args.removed, args.data / "images/validation")
-    return {**demo_llava.content(adaptation, report, args.pictures), "real_size": real_size}
+        experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
+        what = {"det": "detector", "seg": "segmenter"}[args.task]
+        words = {"what": what, "speed_text": module.speed_text(experiment), "next": module.NEXT[args.task]}
+    images = experiment.data / "images/validation"
+    report, path = experiment.report(command), folder / f"photoshapes_{args.task}.json"
+    write_report(path, report)
+    return {
+        **words,
+        **report,
+        "results": read_table(path),
+        "losses": experiment.losses(),
+        "shares": experiment.calibration["shares"],
+        "budget": 1 - args.removed,
+        "real_size": time_real_size(args.task, experiment.steps, 1 - args.removed, images),
+        **module.show(experiment, args.pictures),
+    }
 
 
 def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
@@ -110,10 +126,13 @@ def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
 
 def page_of(task: str, content: dict, command: str) -> dict:
     """What demo_page.html shows, in words that hold for all tasks."""
-    steps, losses = content["loss"]
-    shares, budget = content["shares"], content["budget"]
-    metric, dense, apt = content["accuracy"]
-    real = content["real_size"]
+    steps, losses = zip(*content["losses"])
+    shares, budget, real = content["shares"], content["budget"], content["real_size"]
+    minutes = content["minutes_short_finetune"]
+    table = columns(content["results"], digits=1)
+    by_method = {result.method: result for result in content["results"]}
+    dense, apt = by_method[DENSE], by_method[AFTER]
+    metric = next(iter(dense.metrics))
     return {
         "title": f"Adaptive patches for {TITLES[task]}",
         "intro": (
@@ -123,15 +142,18 @@ def page_of(task: str, content: dict, command: str) -> dict:
             "few new layers were trained for minutes, and everything else stayed as it was."
         ),
         "tiles": [
-            {"value": f"{content['kept']:.0%}", "label": "of the content's tokens kept"},
-            {"value": f"{dense:.1f} → {apt:.1f}", "label": f"{metric}, dense → APT"},
-            {"value": f"{content['speed']:.2f}x", "label": "speed of this small model"},
+            {"value": f"{apt.content_kept:.0%}", "label": "of the content's tokens kept"},
+            {"value": f"{dense.metrics[metric]:.1f} → {apt.metrics[metric]:.1f}", "label": f"{metric}, dense → APT"},
+            {"value": f"{apt.relative_speed:.2f}x", "label": "speed of this small model"},
             {"value": f"{real['median']:.2f}x", "label": f"speed of {real['what']}"},
-            {"value": f"{content['minutes']:.1f} min", "label": f"short fine-tune, {steps[-1]} iterations"},
+            {"value": f"{minutes:.1f} min", "label": f"short fine-tune, {steps[-1]} iterations"},
         ],
-        "table": content["table"],
+        "table": {
+            "head": list(table),
+            "rows": [{"is_apt": cells[0] == AFTER, "cells": cells} for cells in zip(*table.values())],
+        },
         "measured_on": content["measured_on"],
-        "methods": content["methods"],
+        "methods": [(method, meaning) for method, meaning in METHODS.items() if method in by_method],
         "speed": (
             f"{content['speed_text']} Adaptive patches make the trunk faster, and only it: in so small a model the "
             f"rest takes much of the time. At a real size they show: {real['what']}, with random weights and "
@@ -148,7 +170,7 @@ def page_of(task: str, content: dict, command: str) -> dict:
                 "svg": share_histogram(shares, budget),
                 "caption": (
                     f"Asked: keep {budget:.0%} of the tokens of {len(shares)} images. Found: patches are merged if "
-                    f"their {content['scorer']} score is below {content['thresholds']}. The smoothest image keeps "
+                    f"their {content['scorer']} score is below {thresholds_of(content)}. The smoothest image keeps "
                     f"{min(shares):.0%} of its tokens, the busiest {max(shares):.0%}."
                 ),
             },
@@ -172,12 +194,12 @@ def page_of(task: str, content: dict, command: str) -> dict:
 
 def main() -> None:
     args = parse_args()
-    args.dense = args.dense or DENSE[args.task]
+    args.dense = args.dense or CHECKPOINTS[args.task]
     if not args.dense.exists():
         raise FileNotFoundError(f"no dense model at {args.dense}; name one with --dense")
     folder = args.out / args.task
     command = shlex.join(["examples/demo.py", *sys.argv[1:]])
-    content = (llava_content if args.task == "llava" else mm_content)(args, folder, command)
+    content = content_of(args, folder, command)
     write_atomically(folder / "index.html", render(page_of(args.task, content, command)))
     console.print(
         f"\nDone: open [bold]{folder / 'index.html'}[/] in a browser. "

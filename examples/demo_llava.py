@@ -1,6 +1,5 @@
 """The demo's small LLaVA: thresholds for a token budget, short fine-tune, results, and questions with their answers."""
 
-import argparse
 import io
 import json
 import sys
@@ -23,6 +22,7 @@ from examples import demo_pictures
 from examples import photoshapes_vqa_results as vqa
 from examples.demo_page import data_uri
 from examples.demo_pictures import patch_legend, patches, spread
+from examples.report import AFTER, DENSE
 from examples.steps import Steps, announced, console, digest, fingerprint, track
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
@@ -37,14 +37,10 @@ from tools.mm_config import advice_for
 # About 100 steps. New layers of so small a model take a larger learning rate than LLaVA's, and more steps are better.
 FRACTION, BATCH, LEARNING_RATE = 0.05, 32, 3e-3
 QUESTIONS = 4  # shown about an image, at most
-METHODS = [
-    ("most frequent answer", "what training answers most often, without looking."),
-    ("dense", "the unchanged model, every patch of one size."),
-    ("random", "as many tokens as APT keeps, the others dropped at random."),
-    ("resizing", "APT's patches without its new layers."),
-    ("APT before", "equal to resizing: the new layers start at zero."),
-    ("APT", "the new layers trained, everything else as in the dense model."),
-]
+SPEED = (
+    "Questions answered a second, image processing included; all methods take turns batch by batch, in several rounds, "
+    "and the table has medians."
+)
 NEXT = """\
 python tools/calibrate.py --images data/images --sizes 28 --resize 336 --keep 0.7
 python -m llava_apt.finetune --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json \\
@@ -66,15 +62,16 @@ class Adaptation:
         data: folder that examples/make_photoshapes.py made.
         removed: share of content tokens to remove.
         folder: for everything that is kept between runs.
+        limit: questions to answer.
 
     Raises:
         FileNotFoundError: there is no such data.
     """
 
-    def __init__(self, dense: Path, data: Path, removed: float, folder: Path):
+    def __init__(self, dense: Path, data: Path, removed: float, folder: Path, limit: int):
         if not (data / "vqa_validation.json").is_file():
             raise FileNotFoundError(f"no data at {data}; {advice_for(data)}")
-        self.dense, self.data, self.removed, self.folder = dense, data, removed, folder
+        self.dense, self.data, self.removed, self.folder, self.limit = dense, data, removed, folder, limit
         code = fingerprint(*vqa.CODE, pattern="*.py")
         self.steps = Steps(folder / "steps", {"data": fingerprint(data), "dense": fingerprint(dense), "code": code})
         self.processor = LlavaAptProcessor.from_pretrained(dense).image_processor
@@ -137,21 +134,18 @@ class Adaptation:
         note = folder / "minutes.json"
         return json.loads(note.read_text()) if note.is_file() else 0.0
 
-    def log(self) -> list[dict]:
-        """What the trainer logged of the short fine-tune, step by step."""
+    def losses(self) -> list[tuple[int, float]]:
+        """Steps of the short fine-tune and their losses, as the trainer logged them."""
         state = json.loads((last_complete_checkpoint(self.tuned) / "trainer_state.json").read_text())
-        return [line for line in state["log_history"] if "loss" in line]
+        return [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
 
-    def arguments(self, limit: int) -> argparse.Namespace:
-        """Those of photoshapes_vqa_results."""
+    def report(self, command: str) -> dict:
+        """The comparison, as examples/report.py describes it."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        options = ["--thresholds", self.thresholds, "--work-dir", self.folder, "--limit", limit, "--device", device]
-        options += ["--batch-size", 32, "--rounds", 3, "--threads", torch.get_num_threads()]
-        return vqa.parser().parse_args([str(part) for part in [self.data, self.dense, self.tuned, *options]])
-
-    def measure(self, limit: int, command: str) -> dict:
-        """The table of photoshapes_vqa_results."""
-        return vqa.measure(self.arguments(limit), command)
+        options = ["--thresholds", self.thresholds, "--work-dir", self.folder, "--limit", self.limit]
+        options += ["--device", device, "--batch-size", 32, "--rounds", 3, "--threads", torch.get_num_threads()]
+        args = vqa.parser().parse_args([str(part) for part in [self.data, self.dense, self.tuned, *options]])
+        return {**vqa.measure(args, command), "minutes_short_finetune": self.minutes_tuned(self.tuned)}
 
     def show(self, count: int) -> dict:
         """``pictures`` of validation images with questions and answers, and ``legends``."""
@@ -162,10 +156,10 @@ class Adaptation:
     def _draw(self, count: int) -> dict:
         options = vqa.variants_of(self.dense, self.tuned, self.thresholds)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        models = {name: LlavaAptSimple(**options[name], device=device, dtype="float32") for name in ("dense", "APT")}
+        models = {name: LlavaAptSimple(**options[name], device=device, dtype="float32") for name in (DENSE, AFTER)}
         records = read_records(self.data / "vqa_validation.json")
         names = sorted(path.name for path in (self.data / "images" / "validation").iterdir())
-        processor = models["APT"].processor.image_processor
+        processor = models[AFTER].processor.image_processor
         pictures = []
         for index in spread(self.calibration["shares"], count):
             name = f"images/validation/{names[index]}"
@@ -192,47 +186,3 @@ def answers(record: dict, image: Image.Image, models: dict[str, LlavaAptSimple])
     question, truth = (message["value"] for message in record["conversations"])
     said = [model.answer([question_prompt(question, 1)], [[image]], vqa.SETTINGS)[0][0] for model in models.values()]
     return {"question": question.removeprefix("<image>\n"), "truth": truth, "dense": said[0], "apt": said[1]}
-
-
-def content(adaptation: Adaptation, report: dict, pictures: int) -> dict:
-    """What the page says of this task; ``report`` is that of ``Adaptation.measure``."""
-    variants, setup = report["variants"], report["setup"]
-    dense, apt = variants["dense"], variants["APT"]
-    thresholds = adaptation.calibration["thresholds"]
-    log = adaptation.log()
-    return {
-        "what": "LLaVA",
-        "kept": apt["content_tokens"] / dense["content_tokens"],
-        "accuracy": ("accuracy", dense["accuracy"][""], apt["accuracy"][""]),
-        "speed": vqa.rate(apt) / vqa.rate(dense),
-        "speed_text": (
-            f"Questions answered a second, image processing included; all variants take turns batch by batch of "
-            f"{setup['batch_size']}, in {setup['rounds']} rounds, and the table has medians."
-        ),
-        "minutes": adaptation.minutes_tuned(adaptation.tuned),
-        "table": {
-            "head": ["", "accuracy", *vqa.TYPES, "image tokens", "without padding", "questions/s", "vs dense"],
-            "rows": [
-                {"is_apt": False, "cells": ["most frequent answer", *vqa.shown(report["majority"]), "", "", "", ""]},
-                *({"is_apt": name == "APT", "cells": cells(name, row, dense)} for name, row in variants.items()),
-            ],
-        },
-        "measured_on": (
-            f"{setup['questions']} questions about {setup['images']} of PhotoShapes' validation images, by lmms-eval"
-        ),
-        "methods": METHODS,
-        "hardware": setup["machine"],
-        "versions": setup["versions"],
-        "loss": ([line["step"] for line in log], [line["loss"] for line in log]),
-        "scorer": adaptation.processor.scorer,
-        "thresholds": ", ".join(f"{value:g} at {size} px" for size, value in thresholds.items()),
-        "shares": adaptation.calibration["shares"],
-        "budget": 1 - adaptation.removed,
-        "next": NEXT,
-        **adaptation.show(pictures),
-    }
-
-
-def cells(name: str, row: dict, dense: dict) -> list[str]:
-    figures = [f"{row['tokens']:.1f}", f"{row['content_tokens']:.1f}", f"{vqa.rate(row):.1f}"]
-    return [name, *vqa.shown(row["accuracy"]), *figures, f"{vqa.rate(row) / vqa.rate(dense):.2f}x"]

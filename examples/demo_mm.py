@@ -22,7 +22,6 @@ from examples.photoshapes_runs import (
     Row,
     quiet,
     scorer_of,
-    training_log,
 )
 from examples.steps import fingerprint
 from tools import drawing
@@ -30,13 +29,6 @@ from tools import drawing
 SURE = 0.5  # score from which on a detection is drawn
 
 
-METHODS = [
-    ("dense", "the unchanged model, every patch of one size."),
-    ("random", "as many tokens as APT keeps, the others dropped at random."),
-    ("resizing", "APT's patches without its new layers."),
-    ("APT before", "equal to resizing: the new layers start at zero."),
-    ("APT after", "the new layers trained, everything else as in the dense model."),
-]
 NEXT = {
     "det": """\
 python tools/convert_checkpoint.py eva02-det eva02_L_coco_sys.pth checkpoints/eva02_l_det_1536.safetensors
@@ -53,49 +45,15 @@ python tools/benchmark.py seg_configs/eva02_l_apt_512.py --keep 0.7""",
 }
 
 
-def content(experiment: Experiment, results: dict, pictures: int) -> dict:
-    """What the page says of this task; ``results`` are those of photoshapes_results.measure."""
-    rows = {row["title"]: row for row in results["rows"]}
-    dense, after = rows[DENSE], rows[AFTER]
-    metric = next(iter(dense["metrics"]))
-    log = training_log(experiment.tuned)
+def speed_text(experiment: Experiment) -> str:
     num_timed = min(TIMED_IMAGES, len(experiment.calibration["shares"]))
-    speed = (
-        f"Whole model, one image at a time, without loading. {num_timed} images go through all methods in turn, "
+    text = (
+        f"Whole model, one image at a time, without loading. {num_timed} images go through all methods, interleaved, "
         f"{TIMED_ROUNDS} times; the table has medians."
     )
     if experiment.task.rectangles:
-        speed += " Padding images to a square costs tokens, too; two lines of the table do without."
-    return {
-        "what": {"det": "detector", "seg": "segmenter"}[results["task"]],
-        "kept": after["content_kept"],
-        "accuracy": (metric, dense["metrics"][metric], after["metrics"][metric]),
-        "speed": after["images_per_second"] / dense["images_per_second"],
-        "speed_text": speed,
-        "minutes": results["minutes_short_finetune"],
-        "table": {
-            "head": ["", *dense["metrics"], "content tokens", "padding tokens", "img/s", "vs dense"],
-            "rows": [{"is_apt": title == AFTER, "cells": cells(row, dense)} for title, row in rows.items()],
-        },
-        "measured_on": f"PhotoShapes' {len(experiment.calibration['shares'])} validation images",
-        "methods": METHODS,
-        "hardware": results["hardware"],
-        "versions": results["versions"],
-        "loss": ([line["iter"] for line in log], [line["loss"] for line in log]),
-        "scorer": results["scorer"],
-        "thresholds": ", ".join(f"{value:g} at {size} px" for size, value in results["thresholds"].items()),
-        "shares": experiment.calibration["shares"],
-        "budget": 1 - experiment.removed,
-        "next": NEXT[results["task"]],
-        **show(experiment, pictures),
-    }
-
-
-def cells(row: dict, dense: dict) -> list[str]:
-    padding = "none" if row["padding_kept"] is None else f"{row['padding_kept']:.1%}"
-    speed = row["images_per_second"]
-    figures = [f"{row['content_kept']:.1%}", padding, f"{speed:.2f}", f"{speed / dense['images_per_second']:.2f}x"]
-    return [row["title"], *(f"{value:.2f}" for value in row["metrics"].values()), *figures]
+        text += " Padding images to a square costs tokens, too; two lines of the table do without."
+    return text
 
 
 def show(experiment: Experiment, count: int) -> dict:

@@ -21,13 +21,14 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
+from examples.report import AFTER, BEFORE, DENSE
 from examples.steps import Steps, announced, console, digest, fingerprint, track
 from tools.machine import hardware
 from tools.mm_config import advice_for
 
 PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
-DENSE, AFTER = "dense", "APT after the short fine-tune"  # titles of the rows that matter most
+KEPT = ("tokens", "content_kept", "content_kept_min", "content_kept_max", "padding_kept")
 LOGGED, SAVED = 30, 6  # times in a short fine-tune, if it has as many iterations
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +129,8 @@ class Experiment:
     """
 
     def __init__(self, task: str, dense: Path | None, removed: float, work_dir: Path, options: dict | None = None):
-        self.task, self.removed, self.work_dir, self.options = TASKS[task], removed, work_dir, options or {}
+        self.name, self.task = task, TASKS[task]
+        self.removed, self.work_dir, self.options = removed, work_dir, options or {}
         self.trains_dense = dense is None
         if dense and not dense.is_file():
             raise FileNotFoundError(f"no checkpoint at {dense}; leave out --dense to train one")
@@ -202,7 +204,7 @@ class Experiment:
             Row(DENSE, path("dense"), dense),
             Row("random", path("random"), dense),
             Row("resizing", path("resizing"), dense),
-            Row("APT before the short fine-tune", path("apt"), dense),
+            Row(BEFORE, path("apt"), dense),
             Row(AFTER, path("apt"), tuned),
         ]
         if self.task.rectangles:
@@ -233,6 +235,35 @@ class Experiment:
                 return time_interleaved({row.title: self.loaded(row) for row in self.rows})
 
         return self.steps.run("speed", f"speed: {TIMED_IMAGES} images through all methods in turn", inputs, measure)
+
+    def report(self, command: str) -> dict:
+        """The comparison, as examples/report.py describes it."""
+        found, titles = {row: self.evaluate(row) for row in self.rows}, self.task.metrics.items()
+        return {
+            "task": self.name,
+            "command": command,
+            "hardware": hardware(),
+            "versions": self.versions,
+            "measured_on": f"PhotoShapes' {len(self.calibration['shares'])} validation images",
+            "scorer": scorer_of(self.config(self.path("apt"))),
+            "thresholds": self.calibration["thresholds"],
+            "minutes_dense": minutes_trained(self.dense) if self.trains_dense else None,
+            "minutes_short_finetune": minutes_trained(self.tuned),
+            "rows": [
+                {
+                    "title": row.title,
+                    "config": row.config,
+                    "metrics": {title: metrics[name] * factor for title, (name, factor) in titles},
+                    **{k: metrics.get(k) for k in KEPT},
+                    "per_second": 1 / self.seconds[row.title],
+                }
+                for row, metrics in found.items()
+            ],
+        }
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Iterations of the short fine-tune and their losses, as they were logged."""
+        return [(line["iter"], line["loss"]) for line in training_log(self.tuned)]
 
     # ------------------------------------------------------------------------------------------- models
 

@@ -6,15 +6,14 @@ examples:
   python examples/photoshapes_vqa_results.py data/photoshapes_big llava_apt/checkpoints/small_photoshapes \\
       work_dirs/llava_apt --limit 200 --rounds 3
 
-Writes NAME.json (every figure, hardware, versions, command) and NAME.md. Speeds come from the same run: before the
-scoring, all variants answer the same batches in turn, several rounds over, image processing included. Started again, it
-repeats nothing that is finished and whose inputs (checkpoints, data, settings, code) are still the same.
+Writes one JSON file: every figure, hardware, versions, command. Speeds come from the same run: before the scoring, all
+variants answer the same batches, interleaved, several rounds over, image processing included. Started again, it repeats
+nothing that is finished and whose inputs (checkpoints, data, settings, code) are still the same.
 """
 
 import argparse
 import contextlib
 import functools
-import json
 import os
 import shlex
 import statistics
@@ -33,16 +32,19 @@ from torch import Tensor
 
 import llava_apt
 from tools.cli import parser_of
-from apt_backbones.files import write_atomically
+from examples.report import AFTER, BEFORE, DENSE, write_report
 from examples.steps import Steps, fingerprint, run
+from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
-from llava_apt.lmms_eval_plugin import LlavaAptSimple
+from llava_apt.lmms_eval_plugin import LlavaAptSimple, parse_thresholds
 from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
 from tools.machine import processor
 
 TASK = "photoshapes_vqa"
 TYPES = ("yes/no", "shape", "colour", "count", "position")
+KINDS = ("accuracy", *TYPES)  # columns of the table
+MAJORITY = "most frequent answer"
 SETTINGS = {"max_new_tokens": 4}
 CODE = [*(Path(__file__).parents[1] / package for package in ("apt_backbones", "llava_apt")), Path(__file__)]
 
@@ -64,7 +66,8 @@ def score(model: LlavaAptSimple, manager: TaskManager, limit: int | None) -> dic
     """lmms-eval's accuracies in percent: in all and per type of question."""
     results = simple_evaluate(model, tasks=[TASK], task_manager=manager, limit=limit, log_samples=False)
     measured = results["results"][TASK]
-    return {kind: 100 * measured[f"accuracy{' ' * bool(kind)}{kind},none"] for kind in ("", *TYPES)}
+    names = [KINDS[0], *(f"{KINDS[0]} {kind}" for kind in TYPES)]
+    return {kind: 100 * measured[f"{name},none"] for kind, name in zip(KINDS, names)}
 
 
 def majority(data: Path, limit: int | None) -> dict[str, float]:
@@ -79,9 +82,9 @@ def majority(data: Path, limit: int | None) -> dict[str, float]:
     for record in read_records(data / "vqa_validation.json")[:limit]:
         question, answer = (message["value"] for message in record["conversations"])
         known = counts[question] or counts[record["question_type"]]
-        for kind in ("", record["question_type"]):
+        for kind in (KINDS[0], record["question_type"]):
             correct[kind].append(known.most_common(1)[0][0] == answer)
-    return {kind: 100 * statistics.mean(correct[kind]) for kind in ("", *TYPES)}
+    return {kind: 100 * statistics.mean(correct[kind]) for kind in KINDS}
 
 
 def tokens_per_image(model: LlavaAptSimple, pictures: list[Image.Image]) -> dict[str, float]:
@@ -131,59 +134,15 @@ def load(data: Path, name: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def rate(measured: dict) -> float:
-    """Samples per second of a variant: the median of its rounds."""
-    return statistics.median(measured["samples_per_second"])
-
-
-def shown(accuracy: dict[str, float]) -> list[str]:
-    """Accuracies in percent, in all and per type of question."""
-    return [f"{accuracy[kind]:.1f}" for kind in ("", *TYPES)]
-
-
-def markdown(report: dict) -> str:
-    def row(name: str, accuracy: dict, tokens: str, content: str, rate: str) -> str:
-        return f"| {' | '.join([name, *shown(accuracy), tokens, content, rate])} |"
-
-    head = ["", "all", *TYPES, "image tokens", "without padding", "samples/s"]
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    lines.append(row("most frequent answer", report["majority"], "", "", ""))
-    for name, measured in report["variants"].items():
-        tokens, content = f"{measured['tokens']:.1f}", f"{measured['content_tokens']:.1f}"
-        lines.append(row(name, measured["accuracy"], tokens, content, f"{rate(measured):.2f}"))
-    setup = report["setup"]
-    versions = ", ".join(f"{name} {number}" for name, number in setup["versions"].items())
-    return "\n".join(
-        [
-            "# A small LLaVA on PhotoShapes' questions",
-            "",
-            f"Accuracy in percent on {setup['questions']} questions about {setup['images']} validation images, scored "
-            "by lmms-eval; counting and position apart, because that is where token reduction tends to hurt. Image "
-            "tokens are the mean per image, in all and without the square padding's share. Samples/s: median of "
-            f"{setup['rounds']} interleaved rounds, image processing included, batch {setup['batch_size']}. The "
-            f"patches of APT, resizing and random: {setup['thresholds']} (pixels=bits). Before its fine-tune APT is "
-            "resizing, because ZeroMLP starts at zero. The first line answers each question as training most often "
-            "does.",
-            "",
-            *lines,
-            "",
-            f"Machine: {setup['machine']}. {versions}.",
-            "",
-            f"Command: `{setup['command']}`",
-            "",
-        ]
-    )
-
-
 def variants_of(dense: Path, new_layers: Path, thresholds: str) -> dict[str, dict]:
     """Arguments of ``LlavaAptSimple`` for every line of the table."""
     merged = dict(pretrained=str(dense), thresholds=thresholds)
     return {
-        "dense": dict(pretrained=str(dense), thresholds="off"),
+        DENSE: dict(pretrained=str(dense), thresholds="off"),
         "random": dict(merge="random", **merged),
         "resizing": dict(merge="resizing", **merged),
-        "APT before": merged,
-        "APT": dict(new_layers=str(new_layers), **merged),
+        BEFORE: merged,
+        AFTER: dict(new_layers=str(new_layers), **merged),
     }
 
 
@@ -226,32 +185,40 @@ def measure(args: argparse.Namespace, command: str) -> dict:
             return {**tokens, "accuracy": score(lm, manager, args.limit)}
 
     inputs = {"samples": args.speed_samples, "rounds": args.rounds}
-    rates = steps.run("speed", f"speed: {args.rounds} rounds of all variants in turn", inputs, timed)
+    rates = steps.run("speed", f"speed: {args.rounds} interleaved rounds of all variants", inputs, timed)
+    found = {
+        name: steps.run(
+            name.replace(" ", "_"),
+            f"answers: {name}, {len(records)} questions",
+            {"limit": args.limit},
+            functools.partial(scored, name),
+        )
+        for name in options
+    }
+    dense = rates[DENSE]
+    ratios = {name: statistics.median(a / b for a, b in zip(of, dense)) for name, of in rates.items()}
+    rows = [
+        {
+            "title": name,
+            "metrics": measured["accuracy"],
+            "tokens": measured["tokens"],
+            "content_kept": measured["content_tokens"] / found[DENSE]["content_tokens"],
+            "per_second": statistics.median(dense) * ratios[name],
+            "rounds_per_second": rates[name],
+        }
+        for name, measured in found.items()
+    ]
     return {
-        "majority": majority(args.data, args.limit),
-        "variants": {
-            name: {
-                "samples_per_second": rates[name],
-                **steps.run(
-                    name.replace(" ", "_"),
-                    f"answers: {name}, {len(records)} questions",
-                    {"limit": args.limit},
-                    functools.partial(scored, name),
-                ),
-            }
-            for name in options
-        },
-        "setup": {
-            "questions": len(records),
-            "images": len(names),
-            "rounds": args.rounds,
-            "speed_samples": args.speed_samples,
-            "batch_size": args.batch_size,
-            "thresholds": args.thresholds,
-            "machine": common["machine"],
-            "versions": versions,
-            "command": command,
-        },
+        "task": "llava",
+        "command": command,
+        "hardware": common["machine"],
+        "versions": versions,
+        "measured_on": f"{len(records)} questions about {len(names)} of PhotoShapes' validation images",
+        "scorer": LlavaAptProcessor.from_pretrained(args.dense).image_processor.scorer,
+        "thresholds": parse_thresholds(args.thresholds),
+        "minutes_dense": None,
+        "minutes_short_finetune": None,
+        "rows": [*rows, {"title": MAJORITY, "metrics": majority(args.data, args.limit)}],
     }
 
 
@@ -261,12 +228,6 @@ def machine(device: str, threads: int) -> str:
     return f"{processor()}, {threads} of {os.cpu_count()} CPU threads"
 
 
-def write_tables(report: dict, path: Path) -> None:
-    """PATH.json and PATH.md."""
-    write_atomically(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    write_atomically(path.with_suffix(".md"), markdown(report))
-
-
 def parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
     add = parser.add_argument
@@ -274,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
     add("dense", type=Path, help="checkpoint that examples/train_photoshapes_vqa.py made")
     add("new_layers", type=Path, help="folder or file that llava_apt.finetune made from it")
     add("--thresholds", default="28=4.5", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
-    add("--output", type=Path, default=Path("docs/results/photoshapes_vqa"), help="without ending (%(default)s)")
+    add("--output", type=Path, default=Path("docs/results/photoshapes_vqa.json"), help="(%(default)s)")
     add("--work-dir", type=Path, default=Path("work_dirs/vqa"), help="for what is finished (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")
     add("--limit", type=int, help="only so many questions")
@@ -287,9 +248,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    report = measure(args, shlex.join(["python", "examples/photoshapes_vqa_results.py", *sys.argv[1:]]))
-    write_tables(report, args.output)
-    print(markdown(report))
+    report = measure(args, shlex.join(["examples/photoshapes_vqa_results.py", *sys.argv[1:]]))
+    print(write_report(args.output, report))
 
 
 if __name__ == "__main__":

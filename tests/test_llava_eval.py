@@ -11,6 +11,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from examples import photoshapes_vqa_results
+from examples.report import AFTER, BEFORE, DENSE
 from llava_apt.lmms_eval_plugin import MANIFEST, LlavaAptChat, LlavaAptSimple, parse_thresholds
 from llava_apt.prompt import question_prompt
 from tools import compare
@@ -162,24 +163,24 @@ def test_arguments():
         parse_thresholds("5.75")
 
 
-def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, monkeypatch):
+def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, monkeypatch, capsys):
     from llava_apt import LlavaAptForConditionalGeneration, save_new_layers
 
     tuned = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, thresholds={28: 2})
     save_new_layers(tuned, tmp_path)
-    arguments = [data, checkpoint, tmp_path, "--thresholds", "28=2", "--output", tmp_path / "results"]
+    arguments = [data, checkpoint, tmp_path, "--thresholds", "28=2", "--output", tmp_path / "results.json"]
     arguments += ["--rounds", 1, "--speed-samples", 4, "--work-dir", tmp_path / "work"]
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments)])
     photoshapes_vqa_results.main()
     report = json.loads((tmp_path / "results.json").read_text())
-    variants = report["variants"]
-    assert list(variants) == ["dense", "random", "resizing", "APT before", "APT"]
-    assert variants["resizing"]["accuracy"] == variants["APT before"]["accuracy"]  # ZeroMLP starts at zero
-    assert variants["dense"]["tokens"] == CELLS
-    assert len({variants[name]["tokens"] for name in list(variants)[1:]}) == 1
-    assert all(measured["content_tokens"] <= measured["tokens"] <= CELLS for measured in variants.values())
-    text = (tmp_path / "results.md").read_text()
-    for name in (*variants, "position", "count", "samples/s", "without padding", "torch"):
+    rows = {row["title"]: row for row in report["rows"]}
+    assert list(rows) == [DENSE, "random", "resizing", BEFORE, AFTER, "most frequent answer"]
+    assert rows["resizing"]["metrics"] == rows[BEFORE]["metrics"]  # ZeroMLP starts at zero
+    assert rows[DENSE]["tokens"] == CELLS and rows[DENSE]["content_kept"] == 1
+    assert len({rows[name]["tokens"] for name in ("random", "resizing", BEFORE, AFTER)}) == 1
+    assert all(rows[name]["content_kept"] <= 1 for name in ("random", "resizing", BEFORE, AFTER))
+    text = capsys.readouterr().out
+    for name in (*rows, "position", "count", "per second", "content tokens kept", "Thresholds (entropy): 2 at 28 px"):
         assert name in text
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments), "--limit", "1"])
     with pytest.raises(ValueError, match=r"the first 1 questions lack .*position.*; raise --limit"):
