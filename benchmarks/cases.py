@@ -10,7 +10,7 @@ from apt_backbones import APTEva02, PatchLayout
 
 from .clock import Parts
 from .images import Batch
-from .ordinary_eva02 import OrdinaryEva02
+from .reference_eva02 import ReferenceEva02
 
 DENSE_MODES = ("dense", "dense-rect", "packed")
 ADAPTIVE_MODES = ("random", "resizing", "apt", "apt-rect")
@@ -92,7 +92,7 @@ def make_cases(
         if mode == "packed":
             cases.append(Case(mode, dense))
         elif mode in DENSE_MODES:
-            cases.append(Case(mode, OrdinaryEva02(dense).eval(), True, rectangular=mode.endswith("-rect")))
+            cases.append(Case(mode, ReferenceEva02(dense).eval(), True, rectangular=mode.endswith("-rect")))
         else:
             merge = mode.removesuffix("-rect")
             cases += [
@@ -104,11 +104,11 @@ def make_cases(
 
 def core(model: nn.Module) -> APTEva02:
     """The packed model behind either implementation."""
-    return model.model if isinstance(model, OrdinaryEva02) else model
+    return model.model if isinstance(model, ReferenceEva02) else model
 
 
 def trunk_parts(model: nn.Module) -> Parts:
-    if isinstance(model, OrdinaryEva02):
+    if isinstance(model, ReferenceEva02):
         return {"embed": [(model, "_embed")], "trunk": [(model, "forward")], "map": [(model, "_to_map")]}
     return {
         "score": [(model, "_select")],

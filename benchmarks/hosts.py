@@ -16,6 +16,9 @@ from .images import Batch
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
+INFERENCE = {"reference": "plain", "fast": "cheap"}  # head -> value of FastUPerHead.inference
+
+
 class Trunk:
     """The trunk alone."""
 
@@ -62,10 +65,10 @@ class Trunk:
             case.name.startswith("packed") or batch.square.shape == batch.rectangle.shape
         )
         mode = "dense" if merges_nothing else case.name.removesuffix(f" ({case.head} head)")
-        return f"{mode} (plain head)" if case.head else mode
+        return f"{mode} (reference head)" if case.head else mode
 
     def check(self, case: Case, batch: Batch) -> Sequence[Tensor]:
-        """What must be equal in different implementations of the same: dense and packed, plain and cheap head."""
+        """What must be equal in different implementations of the same: dense and packed, reference and fast head."""
         images, model = case.images(batch), core(case.model)
         maps = case.model(images)
         grid = tuple(-(-side // model.patch_size) for side in images.shape[2:])
@@ -83,7 +86,7 @@ class Segmenter(Trunk):
     """mmseg's encoder and decoder on one crop per image: logits of the crop's size.
 
     Args:
-        heads: values of ``FastUPerHead.inference`` with which every case is run; empty for the configuration's.
+        heads: keys of ``INFERENCE`` with which every case is run; empty for the configuration's.
     """
 
     measures = {"whole model": None}
@@ -101,7 +104,7 @@ class Segmenter(Trunk):
     def _use(self, case: Case) -> None:
         self.model.backbone = case.model
         if case.head:
-            self.model.decode_head.inference = case.head
+            self.model.decode_head.inference = INFERENCE[case.head]
 
     def forward(self, case: Case, batch: Batch) -> Tensor:
         images = case.images(batch)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from tools.machine import processor
+
 from .cases import BACKBONE_STAGES, Case
 from .measure import Host, ratios
 
@@ -46,8 +48,8 @@ def _row(host: Host, case: Case, measure: str) -> dict:
 
 
 def references(cases: list[Case], case: Case) -> list[Case]:
-    """The cases that a case is compared with: those with its own head, and those with the plain one."""
-    return [other for other in cases if other.is_reference and other.head in (case.head, "plain")]
+    """The cases that a case is compared with: those with its own head, and those with the reference head."""
+    return [other for other in cases if other.is_reference and other.head in (case.head, "reference")]
 
 
 def stage_medians(case: Case) -> dict[str, float]:
@@ -119,7 +121,7 @@ def stage_table(rows: list[dict], title: str) -> Table:
 def _own_reference(row: dict) -> dict:
     """The comparison with the dense model of the row's own head, padded as the row's images are."""
     compared = [value for key, value in row.items() if key.startswith("speed_vs_") and "if_proportional" in value]
-    return compared[-1] if compared else {}  # with the plain head comes first
+    return compared[-1] if compared else {}  # with the reference head comes first
 
 
 def _speed(speed: dict | None) -> str:
@@ -136,7 +138,7 @@ def _table(title: str, columns: dict, rows: list[dict]) -> Table:
 
 
 def environment(device: torch.device) -> dict:
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
@@ -144,14 +146,6 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def plot_speeds(path: Path, rows: list[dict], title: str) -> None:

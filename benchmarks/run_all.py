@@ -52,7 +52,7 @@ class Part:
 
 PACKED, KEEPS = "--modes dense,packed,apt", "--keep 1 0.7 0.5"
 WHOLE_DET = "--whole --modes dense,dense-rect,packed,apt,apt-rect --aspect 4:3 --stages"
-WHOLE_SEG = "--whole --heads plain,cheap --modes dense,apt --stages"
+WHOLE_SEG = "--whole --heads reference,fast --modes dense,apt --stages"
 TRAINING = "--train-step --modes dense,apt"
 GROWTH = "--img-sizes 512 1024 1536 2048 3072 --modes dense,apt --keep 1 0.85 0.7 0.5 0.3 --num-images 1"
 TRUNK_1024 = "--img-sizes 1024 --modes dense,dense-rect,packed,apt"

@@ -34,12 +34,12 @@ SPEEDS = (
         "whole model",
         ("packed", "apt 0.7", None),
     ),
-    ("EVA-02-B + UperNet, 512 px", "whole_seg_b_512", "whole model", (None, "apt 0.7 (plain head)", None)),
+    ("EVA-02-B + UperNet, 512 px", "whole_seg_b_512", "whole model", (None, "apt 0.7 (reference head)", None)),
     (
-        "the same with our equal, cheaper head",
+        "the same with our equal, faster head",
         "whole_seg_b_512",
         "whole model",
-        ("dense (cheap head)", "apt 0.7 (cheap head)", None),
+        ("dense (fast head)", "apt 0.7 (fast head)", None),
     ),
     ("LLaVA of a small size, first token", "llava_small", "first token", ("packed", "apt 0.7", None)),
     (

@@ -24,7 +24,7 @@ def markdown_of(path: Path) -> str:
     """Table and facts of a report's file."""
     report = json.loads(path.read_text())
     minutes = (report["minutes_dense"], report["minutes_short_finetune"])
-    words = ("the dense model was trained from scratch in {:.0f} minutes", "the adaptive one short-fine-tuned in {:.1f}")
+    words = ("the dense model was trained from scratch in {:.0f} minutes", "the adaptive one fine-tuned in {:.1f}")
     trained = [text.format(value) for text, value in zip(words, minutes) if value is not None]
     facts = [
         f"Measured on {report['measured_on']}",

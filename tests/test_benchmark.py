@@ -22,7 +22,7 @@ from benchmarks import run_all as all_parts
 from benchmarks.cases import Case, block_gflops, make_cases
 from benchmarks.images import load_images, make_batch
 from benchmarks.llava import SHAPES as LLAVA_SHAPES
-from benchmarks.ordinary_eva02 import OrdinaryEva02
+from benchmarks.reference_eva02 import ReferenceEva02
 from tests.golden import relative_error
 from tools import benchmark
 
@@ -41,7 +41,7 @@ def test_the_dense_baseline_equals_the_packed_model(size, options):
     model = APTEva02(img_size=128, embed_dim=48, depth=3, num_heads=3, out_indices=(0, 2), **options).eval()
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
-        for ours, theirs in zip(model(images), OrdinaryEva02(model)(images)):
+        for ours, theirs in zip(model(images), ReferenceEva02(model)(images)):
             assert relative_error(ours, theirs) <= 1e-5
 
 
@@ -49,12 +49,12 @@ def test_the_dense_baseline_pads_windows_as_vitdet_does():
     """A grid of 5 x 6 cells in windows of 4: padded to 8 x 8, then cut back."""
     model = APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4).eval()
     with torch.no_grad():
-        assert OrdinaryEva02(model)(torch.randn(1, 3, 80, 96))[0].shape == (1, 48, 5, 6)
+        assert ReferenceEva02(model)(torch.randn(1, 3, 80, 96))[0].shape == (1, 48, 5, 6)
 
 
 def test_the_dense_baseline_is_dense():
     with pytest.raises(ValueError, match="without thresholds"):
-        OrdinaryEva02(APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 1.0}))
+        ReferenceEva02(APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 1.0}))
 
 
 @pytest.fixture
@@ -140,16 +140,16 @@ def trunk_gflops(config, row):
 
 def test_whole_segmenters_run_with_both_heads(folder, monkeypatch):
     config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
-    options = ["--whole", "--stages", "--heads", "plain,cheap", "--modes", "dense,packed,apt", "--batch-size", 2]
+    options = ["--whole", "--stages", "--heads", "plain,fast", "--modes", "dense,packed,apt", "--batch-size", 2]
     rows = rows_of(run(monkeypatch, folder, *options, model=config)["results"][0])
     assert list(rows) == [
-        f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("plain", "cheap")
+        f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("reference", "fast")
     ]
     assert all(len(seconds) == 1 for row in rows.values() for seconds in row["seconds"])  # one image, each its own time
-    assert rows["dense (cheap head)"]["gflops_per_image"] < rows["dense (plain head)"]["gflops_per_image"]
-    cheap = rows["apt 0.7 (cheap head)"]
-    assert {"speed_vs_dense (plain head)", "speed_vs_dense (cheap head)"} <= cheap.keys()
-    assert {"neck", "head"} <= cheap["stages_ms"].keys()
+    assert rows["dense (fast head)"]["gflops_per_image"] < rows["dense (reference head)"]["gflops_per_image"]
+    fast = rows["apt 0.7 (fast head)"]
+    assert {"speed_vs_dense (reference head)", "speed_vs_dense (fast head)"} <= fast.keys()
+    assert {"neck", "head"} <= fast["stages_ms"].keys()
 
 
 def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, monkeypatch):
@@ -172,14 +172,14 @@ def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, m
 @pytest.mark.parametrize(
     "owner, options, message",
     [
-        (OrdinaryEva02, ["--modes", "dense,packed"], "packed and dense differ"),
+        (ReferenceEva02, ["--modes", "dense,packed"], "packed and dense differ"),
         (PatchLayout, ["--modes", "dense,packed"], "packed and dense differ"),
         (PatchLayout, ["--modes", "dense,apt", "--keep", 1, "--aspect", "1:1"], "apt 1 and dense differ"),
     ],
     ids=["dense", "packed", "adaptive without merging"],
 )
 def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, message):
-    method = "_to_map" if owner is OrdinaryEva02 else "to_map"
+    method = "_to_map" if owner is ReferenceEva02 else "to_map"
     right = getattr(owner, method)
     monkeypatch.setattr(owner, method, lambda *args: right(*args) * 1.01)
     with pytest.raises(AssertionError, match=message):
@@ -191,7 +191,7 @@ def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, messag
     [
         (["--modes", "dense,fast"], "unknown modes fast"),
         (["--keep", 0.0], "above 0"),
-        (["--heads", "cheap,free"], "unknown heads free"),
+        (["--heads", "fast,free"], "unknown heads free"),
         (["--images", "nowhere.png"], "nowhere.png"),
         (["--img-sizes", 96], "no multiple of the attention window's, 64"),
     ],
@@ -290,12 +290,12 @@ def test_the_stage_table_compares_with_the_dense_model_of_the_same_head():
         return {"median": 1.0, "min": 1.0, "max": 1.0, "if_proportional": expected}
 
     rows = [
-        {"mode": "apt (plain head)", "stages_ms": {"head": 5.0}, "speed_vs_dense (plain head)": speed(1.25)},
+        {"mode": "apt (reference head)", "stages_ms": {"head": 5.0}, "speed_vs_dense (reference head)": speed(1.25)},
         {
-            "mode": "apt (cheap head)",
+            "mode": "apt (fast head)",
             "stages_ms": {"head": 2.0},
-            "speed_vs_dense (plain head)": speed(2.5),
-            "speed_vs_dense (cheap head)": speed(1.5),
+            "speed_vs_dense (reference head)": speed(2.5),
+            "speed_vs_dense (fast head)": speed(1.5),
         },
         {"mode": "apt-rect", "stages_ms": {}, "speed_vs_dense": {"median": 1.0, "min": 1.0, "max": 1.0}},
     ]

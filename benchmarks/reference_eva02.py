@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apt_backbones import APTEva02, PatchLayout, apply_rotary
 
 
-class OrdinaryEva02(nn.Module):
+class ReferenceEva02(nn.Module):
     """Runs the weights of a dense ``APTEva02`` (shared, not copied) without packing.
 
     Equal to it wherever the window divides the grid; elsewhere windows are filled with zero tokens that take part in
@@ -43,7 +43,7 @@ class OrdinaryEva02(nn.Module):
                 maps[index] = self._to_map(x, height, width)
         return tuple(maps[index] for index in model.out_indices)
 
-    def compile_blocks(self, **options) -> "OrdinaryEva02":
+    def compile_blocks(self, **options) -> "ReferenceEva02":
         """Compile whole blocks, attention included, for each size of images and windows; as ``APTEva02``'s."""
         torch._dynamo.config.recompile_limit = 64  # or else the ninth size would silently run uncompiled
         self.run_block = torch.compile(run_block, dynamic=False, **options)
