@@ -31,8 +31,8 @@ format: setup
 	"$(VENV)/bin/ruff" check --fix .
 	"$(VENV)/bin/ruff" format .
 
-# A small dense model that is shipped becomes an APT, and a page shows what that gives; TASK=det, seg or llava. It goes
-# on where it was interrupted.
+# A small dense model that is shipped becomes an APT, and a page shows what that gives; TASK=det, seg or llava. It
+# resumes when interrupted.
 TASK ?= det
 demo: setup $(if $(filter llava,$(TASK)),data/photoshapes_big,data/photoshapes)
 	"$(VENV)/bin/python" examples/demo.py $(TASK)

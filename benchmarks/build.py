@@ -59,7 +59,7 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
     patch_size = arguments.get("patch_size", 16)
     window = patch_size * (arguments.get("window_size") or 1)
     if side % window:  # dense windows would be filled up, packed ones cut: not the same network
-        raise ValueError(f"a side of {side} pixels is no multiple of the attention window's, {window}")
+        raise ValueError(f"a side of {side} pixels is not a multiple of the attention window's, {window}")
     depth = arguments.get("depth", 12)
     if args.blocks:
         arguments.update(depth=args.blocks, out_indices=(-1,))

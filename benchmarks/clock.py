@@ -16,7 +16,7 @@ Parts = Mapping[str, Sequence[tuple[object, str]]]  # stage -> (object, name of 
 
 
 class Laps:
-    """Seconds since its latest start, under the names it is called with; it waits for the device each time."""
+    """Seconds since its latest start, under the names it is called with; it synchronises with the device each time."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -35,7 +35,7 @@ class Stopwatch:
 
     Args:
         parts: which methods make up which stage.
-        device: waited for before and after every call, so a stopwatch slows a GPU down: time whole runs without it.
+        device: synchronised with around every call, so a stopwatch slows a GPU down: time whole runs without it.
     """
 
     def __init__(self, parts: Parts, device: torch.device):

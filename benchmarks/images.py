@@ -19,7 +19,7 @@ class Batch:
     """One image, as often as the batch is large; so a batch's rectangle is exact, and no sequence is filled up.
 
     Attributes:
-        square: (B, 3, side, side), normalised and padded with zeros at the right and bottom.
+        square: (B, 3, side, side), normalized and padded with zeros at the right and bottom.
         rectangle: (B, 3, height, width), padded to whole patches only.
         size: height and width in pixels before any padding.
         content_cells: base cells of all the batch's rectangles.
@@ -58,16 +58,16 @@ def load_images(source: list[str] | None, side: int, limit: int, aspect: float |
     return images
 
 
-def make_batch(image: Image.Image, normalisation: Tensor, patch_size: int, side: int, batch_size: int) -> Batch:
+def make_batch(image: Image.Image, normalization: Tensor, patch_size: int, side: int, batch_size: int) -> Batch:
     """
     Args:
-        normalisation: mean and standard deviation (2, 3, 1, 1) in 0..255.
+        normalization: mean and standard deviation (2, 3, 1, 1) in 0..255.
     """
-    mean, std = normalisation
-    normalised = (to_tensor(image) - mean) / std
+    mean, std = normalization
+    normalized = (to_tensor(image) - mean) / std
     right, bottom = -image.width % patch_size, -image.height % patch_size
-    rectangle = F.pad(normalised, (0, right, 0, bottom)).repeat(batch_size, 1, 1, 1)
-    square = F.pad(normalised, (0, side - image.width, 0, side - image.height)).repeat(batch_size, 1, 1, 1)
+    rectangle = F.pad(normalized, (0, right, 0, bottom)).repeat(batch_size, 1, 1, 1)
+    square = F.pad(normalized, (0, side - image.width, 0, side - image.height)).repeat(batch_size, 1, 1, 1)
     cells = batch_size * (rectangle.shape[2] // patch_size) * (rectangle.shape[3] // patch_size)
     return Batch(square, rectangle, (image.height, image.width), cells)
 

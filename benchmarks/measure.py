@@ -1,4 +1,4 @@
-"""All modes of one model, run in turn."""
+"""All modes of one model, run interleaved."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The dense baseline of the benchmarks: EVA-02 as it is ordinarily run, on maps, with windows cut out and put back.
+"""The dense baseline of the benchmarks: EVA-02 as it is usually run, on maps, with windows cut out and put back.
 
 It is meant to be as fast as such an implementation can be: batched scaled_dot_product_attention, positions and
 rotary tables computed once per image size, the same fast rotation as the packed model, and like there one product for
@@ -24,7 +24,7 @@ class ReferenceEva02(nn.Module):
     def __init__(self, model: APTEva02):
         super().__init__()
         if model.thresholds or model.padding != "coarsest":
-            raise ValueError("the ordinary implementation is dense: give it a model without thresholds")
+            raise ValueError("the reference implementation is dense: give it a model without thresholds")
         self.model, self.patch_size, self.run_block = model, model.patch_size, run_block
         self._constants: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 

@@ -1,4 +1,4 @@
-"""Patch scoring alone, beside patch entropy computed the straightforward way."""
+"""Patch scoring alone, beside patch entropy computed from one-hot vectors."""
 
 import torch
 from torch import Tensor

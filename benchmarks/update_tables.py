@@ -79,7 +79,7 @@ def summary() -> str:
 
 
 def bench(name: str) -> str:
-    """One row per mode of the first model of a benchmark; ratios are medians (range) over pairs of runs in turn."""
+    """One row per mode of the first model of a benchmark; ratios are medians (range) over pairs of interleaved runs."""
     measured, rows = benchmark(name), []
     for row in measured["results"][0]["rows"]:
         others = (row.get(f"speed_vs_{other}") for other in ("dense", "dense-rect"))
@@ -90,7 +90,7 @@ def bench(name: str) -> str:
 
 
 def speeds() -> str:
-    """One row per model: medians of its speed relative to the ordinary dense model, which has mmseg's own head."""
+    """One row per model: medians of its speed relative to the reference dense model, which has mmseg's own head."""
     rows = []
     for label, file, timed, modes in SPEEDS:
         measured = benchmark(f"cpu/{file}")

@@ -6,8 +6,7 @@ examples:
   python examples/demo.py llava --removed 0.4
 
 Finds thresholds for a token budget, trains the new layers for a few minutes, evaluates all methods, times them and a
-network of real size, and draws pictures; then writes OUT/TASK/index.html and a table. Started again, it goes on where
-it stopped.
+network of real size, and draws pictures; then writes OUT/TASK/index.html and a table. Started again, it resumes.
 """
 
 import argparse
@@ -96,7 +95,7 @@ def content_of(args: argparse.Namespace, folder: Path, command: str) -> dict:
 
 
 def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
-    """Speed of a network of real size relative to the ordinary dense one, at the demo's share of tokens.
+    """Speed of a network of real size relative to the reference dense one, at the demo's share of tokens.
 
     Returns:
         ``what`` it is, ``kept``, and of the ratios over pairs of runs ``median``, ``min`` and ``max``.
@@ -157,7 +156,7 @@ def page_of(task: str, content: dict, command: str) -> dict:
         "speed": (
             f"{content['speed_text']} Adaptive patches make the trunk faster, and only it: in so small a model the "
             f"rest takes much of the time. At a real size they show: {real['what']}, with random weights and "
-            f"{real['kept']:.0%} of the tokens, was {real['median']:.2f} times as fast as the ordinary dense one "
+            f"{real['kept']:.0%} of the tokens, was {real['median']:.2f} times as fast as the reference dense one "
             f"({real['min']:.2f} to {real['max']:.2f} over pairs of runs, by tools/benchmark.py)."
         ),
         "machine": [

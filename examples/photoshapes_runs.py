@@ -234,7 +234,9 @@ class Experiment:
             with quiet():
                 return time_interleaved({row.title: self.loaded(row) for row in self.rows})
 
-        return self.steps.run("speed", f"speed: {TIMED_IMAGES} images through all methods in turn", inputs, measure)
+        return self.steps.run(
+            "speed", f"speed: {TIMED_IMAGES} images through all methods, interleaved", inputs, measure
+        )
 
     def report(self, command: str) -> dict:
         """The comparison, as examples/report.py describes it."""
@@ -352,7 +354,7 @@ def scorer_of(cfg: Config) -> str:
 def time_interleaved(runners: dict[str, Runner]) -> dict[str, float]:
     """Seconds per image relative to the first runner: the median over images and rounds.
 
-    Every image goes through all models in turn, so that whatever else the machine does hits all of them alike.
+    Interleaved: every image goes through all models, so that whatever else the machine does hits all of them alike.
     """
     first = next(iter(runners))
     batches = {title: [] for title in runners}

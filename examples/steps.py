@@ -97,6 +97,6 @@ def run(main: Callable[[], object]) -> None:
         try:
             main()
         except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on where it stopped")
+            sys.exit("interrupted; the same command resumes")
 
     cli.run(interruptible)

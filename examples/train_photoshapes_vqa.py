@@ -269,7 +269,7 @@ def turned(pixels: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, tor
     return pixels, cells
 
 
-def optimise(name: str, parameters: list[nn.Parameter], steps: int, learning_rate: float, loader, loss_of) -> None:
+def optimize(name: str, parameters: list[nn.Parameter], steps: int, learning_rate: float, loader, loss_of) -> None:
     """AdamW with warm-up and cosine for so many steps; ``loss_of`` maps a batch to its loss."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -369,10 +369,10 @@ def train(args: argparse.Namespace) -> None:
     else:
         seeing = [llava.vision_tower, llava.multi_modal_projector, embedding, no_name, centre]
         parameters = [parameter for module in seeing for parameter in module.parameters()]
-        optimise("alignment", parameters, args.alignment_steps, 1e-3, loader, alignment)
+        optimize("alignment", parameters, args.alignment_steps, 1e-3, loader, alignment)
         write_atomically(aligned, lambda path: save_model(model, str(path)))
     parameters = [*llava.multi_modal_projector.parameters(), *llava.language_model.parameters()]
-    optimise("answers", parameters, args.steps, args.learning_rate, loader, answers)
+    optimize("answers", parameters, args.steps, args.learning_rate, loader, answers)
     aligned.unlink()
     model.eval().save_pretrained(unfinished)
     processor.save_pretrained(unfinished)

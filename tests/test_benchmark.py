@@ -193,7 +193,7 @@ def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, messag
         (["--keep", 0.0], "above 0"),
         (["--heads", "fast,free"], "unknown heads free"),
         (["--images", "nowhere.png"], "nowhere.png"),
-        (["--img-sizes", 96], "no multiple of the attention window's, 64"),
+        (["--img-sizes", 96], "not a multiple of the attention window's, 64"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, message):

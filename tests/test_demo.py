@@ -1,4 +1,4 @@
-"""The demo: its page, its pictures, and that an interrupted run goes on where it stopped."""
+"""The demo: its page, its pictures, and that an interrupted run resumes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from examples.demo_page import data_uri, render, share_histogram, training_curve
-from examples.demo_pictures import CLASS_COLOURS, class_legend, detections, label_map, spread
+from examples.demo_pictures import CLASS_COLORS, class_legend, detections, label_map, spread
 
 from .llava_tiny import save_hub_checkpoint
 
@@ -41,7 +41,7 @@ def test_label_maps_tint_what_is_not_background():
     drawn = np.asarray(label_map(grey, labels, ("background", "star")))
     assert drawn.shape == (480, 640, 3)
     assert (drawn[:, :270] == 100).all()
-    assert (drawn[:, 370:] == np.round(0.4 * 100 + 0.6 * np.array(CLASS_COLOURS[1]))).all()
+    assert (drawn[:, 370:] == np.round(0.4 * 100 + 0.6 * np.array(CLASS_COLORS[1]))).all()
     assert [entry["label"] for entry in class_legend(("background", "star"))["entries"]] == ["star"]
 
 
@@ -49,7 +49,7 @@ def test_boxes_lie_where_the_objects_are():
     grey = Image.new("RGB", (64, 48), (100, 100, 100))
     nothing = np.zeros((1, 48, 64), bool)
     drawn = detections(grey, np.array([[16.0, 24.0, 48.0, 40.0]]), np.array([2]), nothing, ["triangle 0.90"])
-    is_line = (np.asarray(drawn) == CLASS_COLOURS[2]).all(-1)
+    is_line = (np.asarray(drawn) == CLASS_COLORS[2]).all(-1)
     assert is_line[300, 160] and is_line[300, 480] and is_line[400, 300]  # left, right, bottom, ten times as large
     assert not is_line[300, 300] and not is_line[410:].any()
 
@@ -112,7 +112,7 @@ def test_the_page_needs_no_other_file():
         assert expected in page.text
 
 
-def test_charts_take_the_pages_text_colour():
+def test_charts_take_the_pages_text_color():
     for chart in (training_curve([1, 2, 3], [3.0, 2.0, 1.0]), share_histogram([0.4, 0.7, 0.9], 0.7)):
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>")
         assert "currentColor" in chart and "#123456" not in chart
@@ -182,7 +182,7 @@ def llava(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["det", "seg", "llava"])
-def test_a_stopped_demo_goes_on_and_repeats_nothing(task, data, llava, tmp_path):
+def test_a_stopped_demo_resumes_and_repeats_nothing(task, data, llava, tmp_path):
     """Killed in the short fine-tune, interrupted between evaluations, then finished, and started once more."""
     command, folder = arguments(task, data, tmp_path, llava), tmp_path / task
     steps = folder / "steps"
@@ -199,7 +199,7 @@ def test_a_stopped_demo_goes_on_and_repeats_nothing(task, data, llava, tmp_path)
         wait_for(process, lambda: len(list(steps.glob("*.json"))) >= 3)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
-    assert process.returncode == 1 and said.endswith("interrupted; the same command goes on where it stopped\n")
+    assert process.returncode == 1 and said.endswith("interrupted; the same command resumes\n")
     assert "continued" in said
     kept = {path.name: path.stat().st_mtime_ns for path in steps.glob("*.json")}
 

@@ -11,9 +11,10 @@ examples:
   python tools/benchmark.py --scorers --img-sizes 1536
 
 Configurations are adaptive ones of detectors and segmenters; for LLaVA name a shape (llava-1.5-7b, llava-1.5-13b,
-llava-small, llava-tiny) or the folder of a model. Weights are random: speed does not depend on them. All modes run in
-turn on every batch, and ratios are taken between runs on the same batch in the same round; medians are quoted. Modes:
-  dense       the ordinary dense implementation, images padded to a square
+llava-small, llava-tiny) or the folder of a model. Weights are random: speed does not depend on them. All modes run
+interleaved on every batch, and ratios are taken between runs on the same batch in the same round; medians are quoted.
+Modes:
+  dense       the reference dense implementation, images padded to a square
   dense-rect  the same on images that are padded only to whole patches
   packed      the packed implementation without thresholds, images padded to a square
   random, resizing, apt

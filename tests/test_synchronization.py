@@ -1,4 +1,4 @@
-"""A forward waits for the device once: to learn how many tokens the batch has."""
+"""A forward has one host-device synchronisation: to learn how many tokens the batch has."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ MODES = [dict(thresholds=THRESHOLDS, merge=merge) for merge in ("apt", "resizing
 
 
 @pytest.mark.parametrize(
-    "wait",
+    "call",
     [
         lambda x: x.sum().item(),
         lambda x: bool(x.any()),
@@ -32,10 +32,10 @@ MODES = [dict(thresholds=THRESHOLDS, merge=merge) for merge in ("apt", "resizing
         lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]),
     ],
 )
-def test_every_kind_of_wait_is_counted(wait):
+def test_every_kind_of_synchronization_is_counted(call):
     x = torch.arange(4.0)
     with host_reads() as found:
-        wait(x)
+        call(x)
     assert found
 
 
@@ -49,7 +49,7 @@ def test_work_on_the_device_is_not_counted():
 @pytest.mark.parametrize("scorer", ["entropy", "laplacian", "upsample_mse"])
 @pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True), dict(padding="drop", **WINDOWS)])
 @pytest.mark.parametrize("mode", MODES, ids=[mode["merge"] for mode in MODES])
-def test_a_forward_waits_once(mode, options, scorer):
+def test_a_forward_synchronizes_once(mode, options, scorer):
     model = tiny(**mode, **options, scorer=scorer)
     images = F.pad(pictures(2, 128, 96), (0, 32))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_forward_waits_once(mode, options, scorer):
     assert found == ["tolist"]
 
 
-def test_without_merging_and_without_padding_to_look_for_there_is_no_wait_at_all():
+def test_without_merging_and_without_padding_to_look_for_there_is_no_synchronization():
     model, images = tiny(**WINDOWS), pictures(2, 128, 96)
     model(images)
     with host_reads() as found:
@@ -67,7 +67,7 @@ def test_without_merging_and_without_padding_to_look_for_there_is_no_wait_at_all
     assert found == []
 
 
-def test_a_training_step_waits_once():
+def test_a_training_step_synchronizes_once():
     model, images = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS)), pictures(2, 128, 128)
     model(images)
     with host_reads() as found:
@@ -78,7 +78,7 @@ def test_a_training_step_waits_once():
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True), dict(padding="drop", **WINDOWS)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_behind_the_layout_waits_for_the_gpu(options, dtype, monkeypatch):
+def test_nothing_behind_the_layout_synchronizes(options, dtype, monkeypatch):
     model = freeze_host(tiny(thresholds=THRESHOLDS, **options)).cuda().to(dtype)
     images = F.pad(pictures(2, 128, 96), (0, 32)).cuda()
     model(images)
