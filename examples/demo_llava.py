@@ -147,38 +147,40 @@ class Adaptation:
         args = vqa.parser().parse_args([str(part) for part in [self.data, self.dense, self.tuned, *options]])
         return {**vqa.measure(args, command), "minutes_short_finetune": self.minutes_tuned(self.tuned)}
 
-    def show(self, count: int) -> dict:
-        """``pictures`` of validation images with questions and answers, and ``legends``."""
-        code = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, drawing)]
-        inputs = {"new layers": fingerprint(self.tuned / FILE_NAME), "count": count, "drawn by": fingerprint(*code)}
-        return self.steps.run("pictures", f"pictures of {count} images", inputs, lambda: self._draw(count))
 
-    def _draw(self, count: int) -> dict:
-        options = vqa.variants_of(self.dense, self.tuned, self.thresholds)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        models = {name: LlavaAptSimple(**options[name], device=device, dtype="float32") for name in (DENSE, AFTER)}
-        records = read_records(self.data / "vqa_validation.json")
-        names = sorted(path.name for path in (self.data / "images" / "validation").iterdir())
-        processor = models[AFTER].processor.image_processor
-        pictures = []
-        for index in spread(self.calibration["shares"], count):
-            name = f"images/validation/{names[index]}"
-            image = read_rgb(self.data / name)
-            inputs = processor(image, return_tensors="pt")
-            layout = PatchLayout.build(inputs["patch_sides"], processor.patch_size, tuple(processor.thresholds))
-            seen = denormalise(inputs["pixel_values"], processor.image_mean, processor.image_std)[0]
-            seen = Image.fromarray((255 * seen).clamp(0, 255).round().byte().permute(1, 2, 0).numpy())
-            asked = [record for record in records if record["image"] == name][:QUESTIONS]
-            share = layout.num_tokens / (layout.grid[0] * layout.grid[1])
-            label = f"patches: {layout.num_tokens} tokens, {share:.0%} of the dense model's"
-            pictures.append(
-                {
-                    "caption": f"{names[index]}, padded to a square as LLaVA does it.",
-                    "panels": [{"label": label, "uri": data_uri(patches(seen, layout))}],
-                    "answers": [answers(record, image, models) for record in asked],
-                }
-            )
-        return {"pictures": pictures, "legends": [patch_legend(tuple(layout.sizes))]}
+def show(adaptation: Adaptation, count: int) -> dict:
+    """``pictures`` of validation images with questions and answers, and ``legends``."""
+    code = [Path(module.__file__) for module in (sys.modules[__name__], demo_pictures, drawing)]
+    inputs = {"new layers": fingerprint(adaptation.tuned / FILE_NAME), "count": count, "drawn by": fingerprint(*code)}
+    return adaptation.steps.run("pictures", f"pictures of {count} images", inputs, lambda: draw(adaptation, count))
+
+
+def draw(adaptation: Adaptation, count: int) -> dict:
+    options = vqa.variants_of(adaptation.dense, adaptation.tuned, adaptation.thresholds)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = {name: LlavaAptSimple(**options[name], device=device, dtype="float32") for name in (DENSE, AFTER)}
+    records = read_records(adaptation.data / "vqa_validation.json")
+    names = sorted(path.name for path in (adaptation.data / "images" / "validation").iterdir())
+    processor = models[AFTER].processor.image_processor
+    pictures = []
+    for index in spread(adaptation.calibration["shares"], count):
+        name = f"images/validation/{names[index]}"
+        image = read_rgb(adaptation.data / name)
+        inputs = processor(image, return_tensors="pt")
+        layout = PatchLayout.build(inputs["patch_sides"], processor.patch_size, tuple(processor.thresholds))
+        seen = denormalise(inputs["pixel_values"], processor.image_mean, processor.image_std)[0]
+        seen = Image.fromarray((255 * seen).clamp(0, 255).round().byte().permute(1, 2, 0).numpy())
+        asked = [record for record in records if record["image"] == name][:QUESTIONS]
+        share = layout.num_tokens / (layout.grid[0] * layout.grid[1])
+        label = f"patches: {layout.num_tokens} tokens, {share:.0%} of the dense model's"
+        pictures.append(
+            {
+                "caption": f"{names[index]}, padded to a square as LLaVA does it.",
+                "panels": [{"label": label, "uri": data_uri(patches(seen, layout))}],
+                "answers": [answers(record, image, models) for record in asked],
+            }
+        )
+    return {"pictures": pictures, "legends": [patch_legend(tuple(layout.sizes))]}
 
 
 def answers(record: dict, image: Image.Image, models: dict[str, LlavaAptSimple]) -> dict[str, str]:
