@@ -13,7 +13,6 @@ reported and does not stop the others, and what is finished is on disk. Parts th
 are not installed; see benchmarks/build_mmcv_cuda.sh.
 """
 
-import argparse
 import json
 import os
 import re
@@ -26,6 +25,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from tools.cli import parser_of, run
+from apt_backbones.files import write_atomically
+from tools.results import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = "tools/benchmark.py"  # of the checkout that it runs in: results quote the command
@@ -84,7 +87,7 @@ GPU_PARTS = (
 )
 
 
-def run(part: Part, folder: Path, common: list[str]) -> str | None:
+def run_part(part: Part, folder: Path, common: list[str]) -> str | None:
     """Run one part; its output goes to a log. Returns what went wrong, or None."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     options = dict(cwd=ROOT, env=environment, timeout=60 * part.minutes)
@@ -120,7 +123,7 @@ def summary_of(folder: Path, parts: list[Part]) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, help="folder (default: docs/benchmarks/NAME-OF-THE-HARDWARE)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts")
     parser.add_argument("--images", nargs="+", metavar="IMAGE|DIR", help="instead of scikit-image's photographs")
@@ -135,7 +138,7 @@ def main() -> None:
             )
         return
     if unknown := set(args.only or ()) - {part.name for part in all_parts}:
-        sys.exit(f"error: no part {', '.join(sorted(unknown))} on this machine; --list names them")
+        raise ValueError(f"no part {', '.join(sorted(unknown))} on this machine; --list names them")
     parts = [part for part in all_parts if (part.name in args.only if args.only else not part.on_request)]
     hardware = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if has_gpu else "cpu"
     folder = (args.out or ROOT / "docs/benchmarks" / hardware).resolve()
@@ -146,24 +149,21 @@ def main() -> None:
     console, failures = Console(width=None if sys.stdout.isatty() else 160), {}
     for part in parts:
         console.print(f"{part.name} ... ", end="")
-        failure = run(part, folder, common)
+        failure = run_part(part, folder, common)
         console.print("failed" if failure else "done")
         if failure:
             failures[part.name] = failure
-    columns = ["part", "what", "mode", "content kept", "img/s", "median speed against"]
+    titles = ("part", "what", "mode", "content kept", "img/s", "median speed against")
     lines = summary_of(folder, list(all_parts))  # with what earlier runs left in the folder
-    table = Table(title=f"Results in {folder}")
-    for column in columns:
-        table.add_column(column)
+    table = Table(*titles, title=f"Results in {folder}")
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    markdown = [columns, ["---"] * len(columns), *lines]
-    (folder / "summary.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in markdown))
+    write_atomically(folder / "summary.md", markdown(dict(zip(titles, zip(*lines)))))
     for name, failure in failures.items():
         console.print(f"{name} failed: {failure} (log: {folder / name}.log)", markup=False)
     sys.exit(bool(failures))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

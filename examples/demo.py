@@ -74,7 +74,7 @@ def content_of(args: argparse.Namespace, folder: Path, command: str) -> dict:
         words = {"what": "LLaVA", "speed_text": module.SPEED, "next": module.NEXT}
     else:
         from examples import demo_mm as module
-        from examples.photoshapes_runs import Experiment
+        from examples.photoshapes_results import Experiment
 
         experiment = Experiment(args.task, args.dense, args.removed, folder, args.cfg_options)
         what = {"det": "detector", "seg": "segmenter"}[args.task]

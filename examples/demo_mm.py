@@ -13,7 +13,7 @@ from apt_backbones.images import read_rgb
 from examples import demo_pictures
 from examples.demo_page import data_uri
 from examples.demo_pictures import class_legend, detections, label_map, patch_legend, patches, spread
-from examples.photoshapes_runs import (
+from examples.photoshapes_results import (
     AFTER,
     DENSE,
     TIMED_IMAGES,
@@ -51,7 +51,7 @@ def speed_text(experiment: Experiment) -> str:
         f"Whole model, one image at a time, without loading. {num_timed} images go through all methods, interleaved, "
         f"{TIMED_ROUNDS} times; the table has medians."
     )
-    if experiment.task.rectangles:
+    if experiment.has_rectangles:
         text += " Padding images to a square costs tokens, too; two lines of the table do without."
     return text
 

@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +22,10 @@ from benchmarks.images import load_images, make_batch
 from benchmarks.llava import SHAPES as LLAVA_SHAPES
 from benchmarks.reference_eva02 import ReferenceEva02
 from tests.golden import relative_error
+from tests.scripts import ROOT, run_script
 from tools import benchmark
 
-ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
+TOOL = "tools/benchmark.py"
 
 CONFIG = """
 model = dict(backbone=dict(type="APTEva02", img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4,
@@ -68,10 +66,8 @@ def folder(tmp_path):
 
 def run(monkeypatch, folder, *arguments, model=None):
     """Run the tool on one image and return its report."""
-    command = ["benchmark.py", model or folder / "config.py", "--images", folder / "half.png", "--device", "cpu"]
-    command += ["--rounds", 1, "--json", folder / "b.json", *arguments]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    options = ["--images", folder / "half.png", "--device", "cpu", "--rounds", 1, "--json", folder / "b.json"]
+    run_script(monkeypatch, TOOL, model or folder / "config.py", *options, *arguments)
     return json.loads((folder / "b.json").read_text())
 
 
@@ -203,9 +199,8 @@ def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, messag
 
 
 def test_configurations_that_are_not_there_are_named(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "nowhere.py"])
     with pytest.raises(SystemExit, match=r"error: no configuration at nowhere.py; see det_configs/ and seg_configs/"):
-        runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+        run_script(monkeypatch, TOOL, "nowhere.py")
 
 
 def test_images_are_cut_and_scaled_to_the_side(folder):
@@ -313,11 +308,9 @@ def test_the_one_hot_scorer_computes_the_same_entropies():
 
 
 def test_scorers_are_timed_and_plotted(tmp_path, monkeypatch):
-    command = ["benchmark.py", "--scorers", "--device", "cpu", "--img-sizes", "256"]
-    command += ["--rounds", "1", "--num-images", "1"]
-    files = ["--json", str(tmp_path / "scorers.json"), "--plot", str(tmp_path / "scorers.png")]
-    monkeypatch.setattr(sys, "argv", command + files)
-    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    options = ["--scorers", "--device", "cpu", "--img-sizes", 256, "--rounds", 1, "--num-images", 1]
+    files = ["--json", tmp_path / "scorers.json", "--plot", tmp_path / "scorers.png"]
+    run_script(monkeypatch, TOOL, *options, *files)
     (result,) = json.loads((tmp_path / "scorers.json").read_text())["results"]
     assert [row["mode"] for row in result["rows"]] == ["one-hot", "score_patches"]
     assert (tmp_path / "scorers.png").stat().st_size > 1000
@@ -352,10 +345,8 @@ def test_on_a_gpu_llava_is_checked_and_timed(folder, monkeypatch, options):
 
 @pytest.mark.gpu
 def test_on_a_gpu_scorers_are_checked_and_timed(folder, monkeypatch):
-    command = ["benchmark.py", "--scorers", "--device", "cuda", "--img-sizes", "256", "--rounds", "1"]
-    command += ["--images", str(folder / "half.png")]
-    monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    options = ["--scorers", "--device", "cuda", "--img-sizes", 256, "--rounds", 1, "--images", folder / "half.png"]
+    run_script(monkeypatch, TOOL, *options)
 
 
 # Machines without the OpenMMLab toolboxes

@@ -18,17 +18,16 @@ from PIL import Image
 
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
+from examples.make_photoshapes import make_photoshapes
+from tests.scripts import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).parents[1]
 MMDET_TOOLS = Path(__import__("mmdet").__file__).parent / ".mim" / "tools"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="session")
 def photoshapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photoshapes"
-    command = [sys.executable, "examples/make_photoshapes.py", folder, "--train", "6", "--val", "3", "--size", "192"]
-    subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
+    make_photoshapes(folder, train=6, val=3, size=192)
     return folder
 
 
