@@ -31,7 +31,7 @@ def make_host(config: str | None, side: int | None, args: argparse.Namespace) ->
         args: as ``tools/benchmark.py`` parses them.
 
     Raises:
-        ValueError, OSError: it is no adaptive configuration, or there are no such files.
+        ValueError, OSError: it is not an adaptive configuration, or there are no such files.
         ImportError: a package that the model needs is not installed.
     """
     if config is None:

@@ -16,7 +16,7 @@ from PIL import Image
 from examples.demo_page import data_uri, render, share_histogram, training_curve
 from examples.demo_pictures import CLASS_COLORS, class_legend, detections, label_map, spread
 from examples.make_photoshapes import make_photoshapes
-from tests.scripts import ENVIRONMENT, ROOT
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 
 from .llava_tiny import save_hub_checkpoint
 
@@ -141,24 +141,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def mm_options(data):
-    loaders = ("train_dataloader", "val_dataloader", "test_dataloader")
-    options = {f"{loader}.dataset.data_root": f"{data}/" for loader in loaders}
-    options |= {f"{loader}.num_workers": 0 for loader in loaders}
-    options |= {f"{loader}.persistent_workers": False for loader in loaders}
-    options |= {"train_dataloader.batch_size": 2, "train_cfg.max_iters": 6}
-    return options
-
-
 def arguments(task, data, out, folder):
     """Of a demo of a minute."""
     command = [sys.executable, "examples/demo.py", task, "--out", out, "--pictures", "2"]
     if task == "llava":
         return [*command, "--data", data, "--limit", "100", "--dense", folder]
-    options = mm_options(data)
-    if task == "det":
-        for split in ("val", "test"):
-            options[f"{split}_evaluator.ann_file"] = f"{data}/annotations/instances_validation.json"
+    options = {**data_options(data), "train_dataloader.batch_size": 2, "train_cfg.max_iters": 6}
+    options |= evaluator_options(data) if task == "det" else {}
     return [*command, "--cfg-options", *(f"{name}={value}" for name, value in options.items())]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
 from examples.make_photoshapes import make_photoshapes
-from tests.scripts import ENVIRONMENT, ROOT
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 
 MMDET_TOOLS = Path(__import__("mmdet").__file__).parent / ".mim" / "tools"
 
@@ -34,18 +34,9 @@ def photoshapes(tmp_path_factory):
 def options(data, **settings):
     """Settings for a run of a few iterations on these images."""
     return {
-        "train_dataloader.dataset.data_root": f"{data}/",
-        "val_dataloader.dataset.data_root": f"{data}/",
-        "test_dataloader.dataset.data_root": f"{data}/",
-        "val_evaluator.ann_file": f"{data}/annotations/instances_validation.json",
-        "test_evaluator.ann_file": f"{data}/annotations/instances_validation.json",
+        **data_options(data),
+        **evaluator_options(data),
         "train_dataloader.batch_size": 2,
-        "train_dataloader.num_workers": 0,
-        "train_dataloader.persistent_workers": False,
-        "val_dataloader.num_workers": 0,
-        "val_dataloader.persistent_workers": False,
-        "test_dataloader.num_workers": 0,
-        "test_dataloader.persistent_workers": False,
         "default_hooks.logger.interval": 1,
         "default_hooks.checkpoint.interval": 1,
         "train_cfg.max_iters": 2,

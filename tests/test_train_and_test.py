@@ -52,7 +52,7 @@ NO_DATA = ["--cfg-options", "test_dataloader.dataset.data_root=nowhere", "train_
     "tool, arguments, message",
     [
         ("test.py", ["none.py", "x.pth"], "no configuration at none.py"),
-        ("test.py", ["README.md", "x.pth"], "README.md is no configuration file"),
+        ("test.py", ["README.md", "x.pth"], "README.md is not a configuration file"),
         ("test.py", ["det_configs/_base_/runtime.py", "x.pth"], "configures no model"),
         ("test.py", ["det_configs/eva02_l_apt_1536.py", "x.pth"], "no data at data/coco/; put COCO there: train2017/"),
         ("test.py", [DET, "x.pth", *NO_DATA], "no data at nowhere; put the data set there"),

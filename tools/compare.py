@@ -44,7 +44,7 @@ def read_run(path: Path) -> list[Result]:
 
     Raises:
         FileNotFoundError: there is no such folder or file, or it holds no results.
-        ValueError: a file is no table of results.
+        ValueError: a file is not a table of results.
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")

@@ -31,7 +31,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no mmdetection or mmsegmentation configuration.
+        ValueError: it is not an mmdetection or mmsegmentation configuration.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args.config)
@@ -53,7 +53,7 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration at {path}; see det_configs/ and seg_configs/")
     if Path(path).suffix not in (".py", ".json", ".yaml", ".yml"):
-        raise ValueError(f"{path} is no configuration file; name one of det_configs/ or seg_configs/")
+        raise ValueError(f"{path} is not a configuration file; name one of det_configs/ or seg_configs/")
     cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
     if "model" not in cfg:
         raise ValueError(f"{path} configures no model; name one of det_configs/ or seg_configs/, not of _base_/")

@@ -32,7 +32,7 @@ def settings_of(config: str) -> PatchSettings:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is no such configuration.
+        ValueError: it is not such a configuration.
     """
     is_llava = Path(config).is_dir() or Path(config).name == "config.json"
     return _llava_settings(Path(config)) if is_llava else _mm_settings(config)

@@ -27,7 +27,7 @@ def read_frames(path: Path) -> tuple[Iterator[Image.Image], float, int | None]:
     """Frames of a video as RGB images, its frames per second, and how many frames it should have.
 
     Raises:
-        ValueError: the file is no video that PyAV can decode, when it is opened or while frames are read.
+        ValueError: the file is not a video that PyAV can decode, when it is opened or while frames are read.
     """
     try:
         with iio.imopen(path, "r", plugin="pyav") as file:
