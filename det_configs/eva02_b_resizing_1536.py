@@ -1,4 +1,4 @@
 """Baseline: merged patches are only resized; nothing to train."""
 
-_base_ = "eva02_b_dense_1536.py"
-model = dict(backbone=dict(thresholds={32: 2.0, 64: 2.0, 128: 0.3}, merge="resizing"))
+_base_ = ["eva02_b_dense_1536.py", "_base_/thresholds_1536.py"]
+model = dict(backbone=dict(**_base_.adaptive, merge="resizing"))

@@ -1,4 +1,4 @@
 """Baseline: as many base patches dropped at random as adaptive patches would save; nothing to train."""
 
-_base_ = "eva02_l_dense_1536.py"
-model = dict(backbone=dict(thresholds={32: 2.0, 64: 2.0, 128: 0.3}, merge="random"))
+_base_ = ["eva02_l_dense_1536.py", "_base_/thresholds_1536.py"]
+model = dict(backbone=dict(**_base_.adaptive, merge="random"))

@@ -1,10 +1,6 @@
-"""Adaptive patches, short fine-tuned from the dense detector: 5 % of its iterations, a tenth of its learning rate.
+"""Adaptive patches, short fine-tuned from the dense detector: 5 % of its iterations, a tenth of its learning rate."""
 
-Scored by the Laplacian: entropy is low where two plain colours meet, as they do at many borders of PhotoShapes'
-objects, and patches merged across a border cost precision.
-"""
-
-_base_ = "eva02_tiny_dense_photoshapes.py"
+_base_ = ["eva02_tiny_dense_photoshapes.py", "_base_/thresholds_photoshapes.py"]
 max_iters = 60
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
@@ -12,5 +8,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=5),
     dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=False, begin=5, end=max_iters, T_max=max_iters - 5),
 ]
-model = dict(type="ShortFinetuneCascadeRCNN", backbone=dict(scorer="laplacian", thresholds={16: 0.0155, 32: 0.0046}))
+model = dict(type="ShortFinetuneCascadeRCNN", backbone=_base_.adaptive)
 load_from = "work_dirs/det/eva02_tiny_dense_photoshapes/iter_1200.pth"

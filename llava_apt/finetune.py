@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from apt_backbones import freeze_host
+from apt_backbones.files import write_atomically
 from apt_backbones.freeze import is_new
 
 from .data import BadRecord, LlavaCollator, LlavaDataset, ModalityGroupedSampler, read_records, subset
@@ -121,11 +122,8 @@ def report_bad(dataset: LlavaDataset, unreadable: Tensor, output_dir: Path) -> N
     if dataset.cut:
         shown = ", ".join(dataset.cut[:REPORTED_IDS])
         logger.warning("cut %d over-long conversations at the end, among them %s", len(dataset.cut), shown)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = output_dir / ".bad_records.json"
     report = {"left_out": [vars(record) for record in bad], "cut": dataset.cut}
-    unfinished.write_text(json.dumps(report, indent=1))
-    os.replace(unfinished, output_dir / "bad_records.json")
+    write_atomically(output_dir / "bad_records.json", json.dumps(report, indent=1))
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:

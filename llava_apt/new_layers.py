@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from apt_backbones.files import write_atomically
 from apt_backbones.freeze import is_new
 
 from .configuration import TOWER_OPTIONS
@@ -31,17 +32,10 @@ def save_new_layers(model: nn.Module, path: str | os.PathLike) -> Path:
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters() if is_new(name)}
     if not tensors:
         raise ValueError('the model has no new layers; load it with thresholds and merge="apt"')
-    path = _file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     vision_config = model.config.vision_config
     options = {name: getattr(vision_config, name) for name in TOWER_OPTIONS}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, metadata={"format": "pt", "apt": json.dumps(options)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    metadata = {"format": "pt", "apt": json.dumps(options)}
+    return write_atomically(_file(path), lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
 
 
 def load_new_layers(model: nn.Module, path: str | os.PathLike) -> nn.Module:

@@ -1,7 +1,13 @@
 """Adaptive patches, short fine-tuned from the dense model: 5 % of its 60k iterations at a tenth of its rate."""
 
-_base_ = ["_base_/eva02_b_512.py", "_base_/ade20k_512.py", "_base_/schedule_60k_b.py", "_base_/runtime.py"]
-model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={32: 5.75}))
+_base_ = [
+    "_base_/eva02_b_512.py",
+    "_base_/ade20k_512.py",
+    "_base_/schedule_60k_b.py",
+    "_base_/runtime.py",
+    "_base_/thresholds_ade20k.py",
+]
+model = dict(type="ShortFinetuneEncoderDecoder", backbone=_base_.adaptive)
 optim_wrapper = dict(optimizer=dict(lr=6e-6))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=75),

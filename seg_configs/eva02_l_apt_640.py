@@ -5,6 +5,7 @@ _base_ = [
     "_base_/ade20k_640.py",
     "_base_/short_finetune_4k.py",
     "_base_/runtime.py",
+    "_base_/thresholds_ade20k.py",
 ]
-model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={32: 5.75}))
+model = dict(type="ShortFinetuneEncoderDecoder", backbone=_base_.adaptive)
 load_from = "checkpoints/eva02_l_seg_640.pth"

@@ -1,11 +1,7 @@
-"""Adaptive patches on PhotoShapes: 5 % of the dense model's iterations at a tenth of its learning rate.
+"""Adaptive patches on PhotoShapes: 5 % of the dense model's iterations at a tenth of its learning rate."""
 
-Scored by the Laplacian: entropy is low where two plain colours meet, as they do at many borders of PhotoShapes'
-objects, and a patch merged across a border blurs it.
-"""
-
-_base_ = "eva02_tiny_dense_photoshapes.py"
-model = dict(type="ShortFinetuneEncoderDecoder", backbone=dict(thresholds={8: 0.02}, scorer="laplacian"))
+_base_ = ["eva02_tiny_dense_photoshapes.py", "_base_/thresholds_photoshapes.py"]
+model = dict(type="ShortFinetuneEncoderDecoder", backbone=_base_.adaptive)
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=5),

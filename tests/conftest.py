@@ -1,14 +1,9 @@
 import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-# Tools import each other as they do when they are run; at the end, because tools/test.py is not Python's own "test".
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 # Machines differ in speed; a property must hold however long an example takes.
 settings.register_profile("default", deadline=None, max_examples=60)

@@ -1,4 +1,4 @@
-"""Counts what would make a forward wait for a GPU, on a machine without one."""
+"""Counts what would be a host-device synchronisation on a GPU, on a machine without one."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 # Reading values: item, bool, int, float and index all end in _local_scalar_dense. Shapes that depend on values.
-WAITING_OPERATORS = {
+SYNCHRONIZING_OPERATORS = {
     aten._local_scalar_dense.default,
     aten.equal.default,
     aten.nonzero.default,
@@ -19,8 +19,8 @@ WAITING_OPERATORS = {
     aten.unique_consecutive.default,
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-# What a CPU does without an operator. Tensors from Python numbers would be copied to the GPU, which waits, too.
-WAITING_FUNCTIONS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, torch.tensor, torch.as_tensor, torch.from_numpy}
+# What a CPU does without an operator. Tensors from Python numbers would be copied to the GPU, which synchronises, too.
+SYNCHRONIZING_FUNCTIONS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, torch.tensor, torch.as_tensor, torch.from_numpy}
 
 
 class _Operators(TorchDispatchMode):
@@ -30,10 +30,10 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        waits = func in WAITING_OPERATORS and kwargs.get("output_size") is None
+        found = func in SYNCHRONIZING_OPERATORS and kwargs.get("output_size") is None
         if func in INDEXING:  # an index of booleans has to be counted
-            waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        if waits:
+            found = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if found:
             self.found.append(str(func))
         return func(*args, **kwargs)
 
@@ -44,7 +44,7 @@ class _Functions(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in WAITING_FUNCTIONS:
+        if func in SYNCHRONIZING_FUNCTIONS:
             self.found.append(func.__name__)
         return func(*args, **(kwargs or {}))
 

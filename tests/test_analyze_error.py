@@ -1,20 +1,14 @@
 """Heat maps of feature errors, drawn by the tool as a user runs it."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from apt_backbones.images import read_rgb
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import analyze_error  # noqa: E402
-from mm_model import MMModel  # noqa: E402
+from tests.scripts import ROOT, run_script
+from tools import analyze_error
+from tools.mm_model import MMModel
 
 CASES = {
     "det": ("det_configs/eva02_tiny_apt_photoshapes.py", "eva02_tiny_apt_photoshapes.safetensors"),
@@ -66,9 +60,8 @@ def test_the_image_is_shown_as_the_model_sees_it(case, folder):
 
 
 def test_the_tool_draws_every_image_and_lists_its_errors(case, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x", str(folder), "--config", case[0], "--checkpoint", case[1]])
-    sys.argv += ["--out-dir", str(tmp_path)]
-    runpy.run_path(str(ROOT / "tools/analyze_error.py"), run_name="__main__")
+    model = ("--config", case[0], "--checkpoint", case[1])
+    run_script(monkeypatch, "tools/analyze_error.py", folder, *model, "--out-dir", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"half_error.png", "pixel_error.png"}
     printed = capsys.readouterr().out
     assert "half.png" in printed and "mean of 2" in printed

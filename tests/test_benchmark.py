@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,18 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt_backbones import APTEva02, PatchLayout, score_patches
 from apt_backbones.freeze import is_new
+from benchmarks import clock, report, scorers
+from benchmarks import run_all as all_parts
+from benchmarks.cases import Case, block_gflops, make_cases
+from benchmarks.images import load_images, make_batch
+from benchmarks.llava import SHAPES as LLAVA_SHAPES
+from benchmarks.reference_eva02 import ReferenceEva02
 from tests.golden import relative_error
+from tests.scripts import ROOT, run_script
+from tools import benchmark
 
-ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
-import bench_all as all_parts  # noqa: E402
-import benchmark  # noqa: E402
-from bench import clock, report, scorers  # noqa: E402
-from bench.cases import Case, block_gflops, make_cases  # noqa: E402
-from bench.images import load_images, make_batch  # noqa: E402
-from bench.llava import SHAPES as LLAVA_SHAPES  # noqa: E402
-from bench.ordinary_eva02 import OrdinaryEva02  # noqa: E402
+TOOL = "tools/benchmark.py"
 
 CONFIG = """
 model = dict(backbone=dict(type="APTEva02", img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4,
@@ -42,7 +39,7 @@ def test_the_dense_baseline_equals_the_packed_model(size, options):
     model = APTEva02(img_size=128, embed_dim=48, depth=3, num_heads=3, out_indices=(0, 2), **options).eval()
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
-        for ours, theirs in zip(model(images), OrdinaryEva02(model)(images)):
+        for ours, theirs in zip(model(images), ReferenceEva02(model)(images)):
             assert relative_error(ours, theirs) <= 1e-5
 
 
@@ -50,12 +47,12 @@ def test_the_dense_baseline_pads_windows_as_vitdet_does():
     """A grid of 5 x 6 cells in windows of 4: padded to 8 x 8, then cut back."""
     model = APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4).eval()
     with torch.no_grad():
-        assert OrdinaryEva02(model)(torch.randn(1, 3, 80, 96))[0].shape == (1, 48, 5, 6)
+        assert ReferenceEva02(model)(torch.randn(1, 3, 80, 96))[0].shape == (1, 48, 5, 6)
 
 
 def test_the_dense_baseline_is_dense():
     with pytest.raises(ValueError, match="without thresholds"):
-        OrdinaryEva02(APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 1.0}))
+        ReferenceEva02(APTEva02(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 1.0}))
 
 
 @pytest.fixture
@@ -69,10 +66,8 @@ def folder(tmp_path):
 
 def run(monkeypatch, folder, *arguments, model=None):
     """Run the tool on one image and return its report."""
-    command = ["benchmark.py", model or folder / "config.py", "--images", folder / "half.png", "--device", "cpu"]
-    command += ["--rounds", 1, "--json", folder / "b.json", *arguments]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    options = ["--images", folder / "half.png", "--device", "cpu", "--rounds", 1, "--json", folder / "b.json"]
+    run_script(monkeypatch, TOOL, model or folder / "config.py", *options, *arguments)
     return json.loads((folder / "b.json").read_text())
 
 
@@ -141,16 +136,16 @@ def trunk_gflops(config, row):
 
 def test_whole_segmenters_run_with_both_heads(folder, monkeypatch):
     config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
-    options = ["--whole", "--stages", "--heads", "plain,cheap", "--modes", "dense,packed,apt", "--batch-size", 2]
+    options = ["--whole", "--stages", "--heads", "plain,fast", "--modes", "dense,packed,apt", "--batch-size", 2]
     rows = rows_of(run(monkeypatch, folder, *options, model=config)["results"][0])
     assert list(rows) == [
-        f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("plain", "cheap")
+        f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("reference", "fast")
     ]
     assert all(len(seconds) == 1 for row in rows.values() for seconds in row["seconds"])  # one image, each its own time
-    assert rows["dense (cheap head)"]["gflops_per_image"] < rows["dense (plain head)"]["gflops_per_image"]
-    cheap = rows["apt 0.7 (cheap head)"]
-    assert {"speed_vs_dense (plain head)", "speed_vs_dense (cheap head)"} <= cheap.keys()
-    assert {"neck", "head"} <= cheap["stages_ms"].keys()
+    assert rows["dense (fast head)"]["gflops_per_image"] < rows["dense (reference head)"]["gflops_per_image"]
+    fast = rows["apt 0.7 (fast head)"]
+    assert {"speed_vs_dense (reference head)", "speed_vs_dense (fast head)"} <= fast.keys()
+    assert {"neck", "head"} <= fast["stages_ms"].keys()
 
 
 def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, monkeypatch):
@@ -173,14 +168,14 @@ def test_llava_is_timed_up_to_its_tower_its_first_token_and_its_answer(folder, m
 @pytest.mark.parametrize(
     "owner, options, message",
     [
-        (OrdinaryEva02, ["--modes", "dense,packed"], "packed and dense differ"),
+        (ReferenceEva02, ["--modes", "dense,packed"], "packed and dense differ"),
         (PatchLayout, ["--modes", "dense,packed"], "packed and dense differ"),
         (PatchLayout, ["--modes", "dense,apt", "--keep", 1, "--aspect", "1:1"], "apt 1 and dense differ"),
     ],
     ids=["dense", "packed", "adaptive without merging"],
 )
 def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, message):
-    method = "_to_map" if owner is OrdinaryEva02 else "to_map"
+    method = "_to_map" if owner is ReferenceEva02 else "to_map"
     right = getattr(owner, method)
     monkeypatch.setattr(owner, method, lambda *args: right(*args) * 1.01)
     with pytest.raises(AssertionError, match=message):
@@ -192,9 +187,9 @@ def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, messag
     [
         (["--modes", "dense,fast"], "unknown modes fast"),
         (["--keep", 0.0], "above 0"),
-        (["--heads", "cheap,free"], "unknown heads free"),
+        (["--heads", "fast,free"], "unknown heads free"),
         (["--images", "nowhere.png"], "nowhere.png"),
-        (["--img-sizes", 96], "no multiple of the attention window's, 64"),
+        (["--img-sizes", 96], "not a multiple of the attention window's, 64"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, message):
@@ -204,9 +199,8 @@ def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, messag
 
 
 def test_configurations_that_are_not_there_are_named(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "nowhere.py"])
     with pytest.raises(SystemExit, match=r"error: no configuration at nowhere.py; see det_configs/ and seg_configs/"):
-        runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+        run_script(monkeypatch, TOOL, "nowhere.py")
 
 
 def test_images_are_cut_and_scaled_to_the_side(folder):
@@ -291,12 +285,12 @@ def test_the_stage_table_compares_with_the_dense_model_of_the_same_head():
         return {"median": 1.0, "min": 1.0, "max": 1.0, "if_proportional": expected}
 
     rows = [
-        {"mode": "apt (plain head)", "stages_ms": {"head": 5.0}, "speed_vs_dense (plain head)": speed(1.25)},
+        {"mode": "apt (reference head)", "stages_ms": {"head": 5.0}, "speed_vs_dense (reference head)": speed(1.25)},
         {
-            "mode": "apt (cheap head)",
+            "mode": "apt (fast head)",
             "stages_ms": {"head": 2.0},
-            "speed_vs_dense (plain head)": speed(2.5),
-            "speed_vs_dense (cheap head)": speed(1.5),
+            "speed_vs_dense (reference head)": speed(2.5),
+            "speed_vs_dense (fast head)": speed(1.5),
         },
         {"mode": "apt-rect", "stages_ms": {}, "speed_vs_dense": {"median": 1.0, "min": 1.0, "max": 1.0}},
     ]
@@ -314,11 +308,9 @@ def test_the_one_hot_scorer_computes_the_same_entropies():
 
 
 def test_scorers_are_timed_and_plotted(tmp_path, monkeypatch):
-    command = ["benchmark.py", "--scorers", "--device", "cpu", "--img-sizes", "256"]
-    command += ["--rounds", "1", "--num-images", "1"]
-    files = ["--json", str(tmp_path / "scorers.json"), "--plot", str(tmp_path / "scorers.png")]
-    monkeypatch.setattr(sys, "argv", command + files)
-    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    options = ["--scorers", "--device", "cpu", "--img-sizes", 256, "--rounds", 1, "--num-images", 1]
+    files = ["--json", tmp_path / "scorers.json", "--plot", tmp_path / "scorers.png"]
+    run_script(monkeypatch, TOOL, *options, *files)
     (result,) = json.loads((tmp_path / "scorers.json").read_text())["results"]
     assert [row["mode"] for row in result["rows"]] == ["one-hot", "score_patches"]
     assert (tmp_path / "scorers.png").stat().st_size > 1000
@@ -353,10 +345,8 @@ def test_on_a_gpu_llava_is_checked_and_timed(folder, monkeypatch, options):
 
 @pytest.mark.gpu
 def test_on_a_gpu_scorers_are_checked_and_timed(folder, monkeypatch):
-    command = ["benchmark.py", "--scorers", "--device", "cuda", "--img-sizes", "256", "--rounds", "1"]
-    command += ["--images", str(folder / "half.png")]
-    monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(str(TOOLS / "benchmark.py"), run_name="__main__")
+    options = ["--scorers", "--device", "cuda", "--img-sizes", 256, "--rounds", 1, "--images", folder / "half.png"]
+    run_script(monkeypatch, TOOL, *options)
 
 
 # Machines without the OpenMMLab toolboxes
@@ -371,7 +361,6 @@ class Finder(importlib.machinery.PathFinder):
         return None if is_missing else super().find_spec(name, path, target)
 
 sys.meta_path = [Finder if x is importlib.machinery.PathFinder else x for x in sys.meta_path]
-sys.path.insert(0, "tools")
 """
 
 
@@ -422,7 +411,7 @@ def test_a_part_that_fails_is_reported_and_does_not_stop_the_others(folder, monk
     parts = (all_parts.Part("slow", "slow", 0.02), all_parts.Part("wrong", "wrong", 5), all_parts.Part("right", "x", 5))
     monkeypatch.setattr(all_parts, "CPU_PARTS", parts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench_all.py", "--out", str(folder / "out")])
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(folder / "out")])
     with pytest.raises(SystemExit) as stop:
         all_parts.main()
     printed = " ".join(capsys.readouterr().out.split())

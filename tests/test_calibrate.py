@@ -1,9 +1,6 @@
 """Thresholds that meet a token budget."""
 
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +10,11 @@ from PIL import Image
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of, share_curves
 from tests.golden import load_golden
+from tests.scripts import ROOT, run_script
 
-ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "calibrate.py"
-sys.path.insert(0, str(ROOT / "tools"))
 PHOTOS = [v.permute(2, 0, 1)[None].float() for k, v in load_golden("patch_scores").arrays.items() if "image/" in k]
 SIZES = (16, 32, 64)
+TOOL = "tools/calibrate.py"
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +92,6 @@ def test_impossible_budgets_are_refused(score_maps, keep, message):
         calibrate_thresholds(score_maps, 8, keep)
 
 
-def run_tool(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, arguments)])
-    runpy.run_path(str(TOOL), run_name="__main__")
-
-
 @pytest.fixture
 def folder(tmp_path):
     for index, photo in enumerate(PHOTOS):
@@ -109,7 +100,19 @@ def folder(tmp_path):
 
 
 def test_the_tool_prints_the_line_to_paste(folder, monkeypatch, capsys):
-    run_tool(monkeypatch, "--images", folder, "--sizes", 32, 64, "--keep", 0.7, "--plot", folder / "keep.png")
+    run_script(
+        monkeypatch,
+        "tools/calibrate.py",
+        "--images",
+        folder,
+        "--sizes",
+        32,
+        64,
+        "--keep",
+        0.7,
+        "--plot",
+        folder / "keep.png",
+    )
     printed = capsys.readouterr().out.splitlines()
     maps = [score_maps_of(photo, (32, 64)) for photo in PHOTOS]
     assert printed[-1] == f"thresholds={calibrate_thresholds(maps, 16, 0.7)}"
@@ -123,7 +126,7 @@ def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsy
         "model = dict(backbone=dict(patch_size=8, thresholds={16: 1.0}, scorer='laplacian'))\n"
         "test_pipeline = [dict(type='Resize', scale=(128, 96), keep_ratio=True)]\n"
     )
-    run_tool(monkeypatch, "--images", folder, "--config", config, "--keep", 0.5)
+    run_script(monkeypatch, TOOL, "--images", folder, "--config", config, "--keep", 0.5)
     printed = capsys.readouterr().out.splitlines()[-1]
     size, threshold = re.fullmatch(r"thresholds={(\d+): ([\d.]+)}", printed).groups()
     assert size == "16" and 0 < float(threshold) < 1, "a Laplacian's range, not an entropy's"
@@ -132,7 +135,20 @@ def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsy
 def test_the_sample_depends_on_the_seed_only(folder, monkeypatch, capsys):
     lines = []
     for seed in (0, 0, 1):
-        run_tool(monkeypatch, "--images", folder, "--sizes", 32, "--keep", 0.7, "--sample", 1, "--seed", seed)
+        run_script(
+            monkeypatch,
+            "tools/calibrate.py",
+            "--images",
+            folder,
+            "--sizes",
+            32,
+            "--keep",
+            0.7,
+            "--sample",
+            1,
+            "--seed",
+            seed,
+        )
         lines.append(capsys.readouterr().out)
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("1 images")
 
@@ -141,12 +157,12 @@ def test_the_split_with_the_least_feature_distance_is_taken(folder, monkeypatch,
     config = ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"
     weights = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"
     budget = ["--images", folder, "--config", config, "--keep", 0.8]
-    run_tool(monkeypatch, *budget, "--checkpoint", weights, "--error-sample", 2)
+    run_script(monkeypatch, TOOL, *budget, "--checkpoint", weights, "--error-sample", 2)
     printed = capsys.readouterr().out
     errors = [float(error) for error in re.findall(r"% +│ (\d\.\d+)", printed)]
     assert errors == sorted(errors) and len(errors) >= 5, "every split meets the budget; the best comes first"
     best = re.search(r"│ ([\d. :]+?)(?: \(as given\))? +│", printed)[1].split(" : ")
-    run_tool(monkeypatch, *budget, "--ratios", *best)
+    run_script(monkeypatch, TOOL, *budget, "--ratios", *best)
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1]
 
 
@@ -163,7 +179,7 @@ def test_the_split_with_the_least_feature_distance_is_taken(folder, monkeypatch,
 )
 def test_mistakes_end_in_one_line(folder, monkeypatch, arguments, message):
     with pytest.raises(SystemExit, match=message):
-        run_tool(monkeypatch, "--images", folder, *arguments)
+        run_script(monkeypatch, TOOL, "--images", folder, *arguments)
 
 
 def test_the_base_grid_holds_no_uninitialised_numbers():

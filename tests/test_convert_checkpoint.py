@@ -1,16 +1,12 @@
 """tools/convert_checkpoint.py: every entry is accounted for, and DST is whole or not there."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tools.cli import run
 from apt_backbones import read_checkpoint
 from tests.golden import load_golden
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import convert_checkpoint
+from tools import convert_checkpoint
 
 
 @pytest.fixture
@@ -27,7 +23,7 @@ def original(tmp_path):
 
 
 def main(*arguments):
-    convert_checkpoint.main([str(argument) for argument in arguments])
+    run(lambda: convert_checkpoint.main([str(argument) for argument in arguments]))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -1,7 +1,6 @@
-"""The demo: its page, its pictures, and that an interrupted run goes on where it stopped."""
+"""The demo: its page, its pictures, and that an interrupted run resumes."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -9,20 +8,17 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tools.demo_page import data_uri, render, share_histogram, training_curve
-from tools.demo_pictures import CLASS_COLOURS, class_legend, detections, label_map, spread
+from examples.demo_page import data_uri, render, share_histogram, training_curve
+from examples.demo_pictures import CLASS_COLORS, class_legend, detections, label_map, spread
+from examples.make_photoshapes import make_photoshapes
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 
 from .llava_tiny import save_hub_checkpoint
-
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
 
 # ------------------------------------------------------------------------------------------- pictures
 
@@ -41,7 +37,7 @@ def test_label_maps_tint_what_is_not_background():
     drawn = np.asarray(label_map(grey, labels, ("background", "star")))
     assert drawn.shape == (480, 640, 3)
     assert (drawn[:, :270] == 100).all()
-    assert (drawn[:, 370:] == np.round(0.4 * 100 + 0.6 * np.array(CLASS_COLOURS[1]))).all()
+    assert (drawn[:, 370:] == np.round(0.4 * 100 + 0.6 * np.array(CLASS_COLORS[1]))).all()
     assert [entry["label"] for entry in class_legend(("background", "star"))["entries"]] == ["star"]
 
 
@@ -49,7 +45,7 @@ def test_boxes_lie_where_the_objects_are():
     grey = Image.new("RGB", (64, 48), (100, 100, 100))
     nothing = np.zeros((1, 48, 64), bool)
     drawn = detections(grey, np.array([[16.0, 24.0, 48.0, 40.0]]), np.array([2]), nothing, ["triangle 0.90"])
-    is_line = (np.asarray(drawn) == CLASS_COLOURS[2]).all(-1)
+    is_line = (np.asarray(drawn) == CLASS_COLORS[2]).all(-1)
     assert is_line[300, 160] and is_line[300, 480] and is_line[400, 300]  # left, right, bottom, ten times as large
     assert not is_line[300, 300] and not is_line[410:].any()
 
@@ -98,7 +94,7 @@ def example_page(**changes):
         ],
         "next_text": "Then:",
         "next": "python tools/train.py config.py",
-        "command": "tools/demo.py det",
+        "command": "examples/demo.py det",
         "date": "2026-01-01",
     }
     return render({**page, **changes})
@@ -112,7 +108,7 @@ def test_the_page_needs_no_other_file():
         assert expected in page.text
 
 
-def test_charts_take_the_pages_text_colour():
+def test_charts_take_the_pages_text_color():
     for chart in (training_curve([1, 2, 3], [3.0, 2.0, 1.0]), share_histogram([0.4, 0.7, 0.9], 0.7)):
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>")
         assert "currentColor" in chart and "#123456" not in chart
@@ -121,7 +117,7 @@ def test_charts_take_the_pages_text_colour():
 
 
 def test_the_commands_on_the_page_exist():
-    from tools import demo_llava, demo_mm
+    from examples import demo_llava, demo_mm
 
     for commands in (*demo_mm.NEXT.values(), demo_llava.NEXT):
         for command in commands.replace("\\\n", " ").splitlines():
@@ -141,29 +137,17 @@ def test_the_commands_on_the_page_exist():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photoshapes"
-    command = [sys.executable, "tools/make_photoshapes.py", folder, "--train", "12", "--val", "3", "--size", "192"]
-    subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
+    make_photoshapes(folder, train=12, val=3, size=192)
     return folder
-
-
-def mm_options(data):
-    loaders = ("train_dataloader", "val_dataloader", "test_dataloader")
-    options = {f"{loader}.dataset.data_root": f"{data}/" for loader in loaders}
-    options |= {f"{loader}.num_workers": 0 for loader in loaders}
-    options |= {f"{loader}.persistent_workers": False for loader in loaders}
-    options |= {"train_dataloader.batch_size": 2, "train_cfg.max_iters": 6}
-    return options
 
 
 def arguments(task, data, out, folder):
     """Of a demo of a minute."""
-    command = [sys.executable, "tools/demo.py", task, "--out", out, "--pictures", "2"]
+    command = [sys.executable, "examples/demo.py", task, "--out", out, "--pictures", "2"]
     if task == "llava":
         return [*command, "--data", data, "--limit", "100", "--dense", folder]
-    options = mm_options(data)
-    if task == "det":
-        for split in ("val", "test"):
-            options[f"{split}_evaluator.ann_file"] = f"{data}/annotations/instances_validation.json"
+    options = {**data_options(data), "train_dataloader.batch_size": 2, "train_cfg.max_iters": 6}
+    options |= evaluator_options(data) if task == "det" else {}
     return [*command, "--cfg-options", *(f"{name}={value}" for name, value in options.items())]
 
 
@@ -182,16 +166,16 @@ def llava(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["det", "seg", "llava"])
-def test_a_stopped_demo_goes_on_and_repeats_nothing(task, data, llava, tmp_path):
+def test_a_stopped_demo_resumes_and_repeats_nothing(task, data, llava, tmp_path):
     """Killed in the short fine-tune, interrupted between evaluations, then finished, and started once more."""
     command, folder = arguments(task, data, tmp_path, llava), tmp_path / task
-    steps = folder / "steps"
+    steps, begun = folder / "steps", ("iter_2.pth", "checkpoint-*/trainer_state.json")
 
     def start():
         return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
     with start() as process:
-        wait_for(process, lambda: list(folder.glob("*/iter_2.pth")) or list(folder.glob("*/checkpoint-*")))
+        wait_for(process, lambda: any(list(folder.glob(f"*/{name}")) for name in begun))
         process.send_signal(signal.SIGKILL)
     assert [path.stem for path in steps.iterdir()] == ["thresholds"] and not (folder / "index.html").exists()
 
@@ -199,8 +183,8 @@ def test_a_stopped_demo_goes_on_and_repeats_nothing(task, data, llava, tmp_path)
         wait_for(process, lambda: len(list(steps.glob("*.json"))) >= 3)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
-    assert process.returncode == 1 and said.endswith("interrupted; the same command goes on where it stopped\n")
-    assert "continued" in said
+    assert process.returncode == 1 and said.endswith("interrupted; the same command resumes\n")
+    assert "continued" in said or "kept  short fine-tune" in said
     kept = {path.name: path.stat().st_mtime_ns for path in steps.glob("*.json")}
 
     with start() as process:

@@ -18,35 +18,25 @@ from PIL import Image
 
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
+from examples.make_photoshapes import make_photoshapes
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 
-ROOT = Path(__file__).parents[1]
 MMDET_TOOLS = Path(__import__("mmdet").__file__).parent / ".mim" / "tools"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="session")
 def photoshapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photoshapes"
-    command = [sys.executable, "tools/make_photoshapes.py", folder, "--train", "6", "--val", "3", "--size", "192"]
-    subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, env=ENVIRONMENT)
+    make_photoshapes(folder, train=6, val=3, size=192)
     return folder
 
 
 def options(data, **settings):
     """Settings for a run of a few iterations on these images."""
     return {
-        "train_dataloader.dataset.data_root": f"{data}/",
-        "val_dataloader.dataset.data_root": f"{data}/",
-        "test_dataloader.dataset.data_root": f"{data}/",
-        "val_evaluator.ann_file": f"{data}/annotations/instances_validation.json",
-        "test_evaluator.ann_file": f"{data}/annotations/instances_validation.json",
+        **data_options(data),
+        **evaluator_options(data),
         "train_dataloader.batch_size": 2,
-        "train_dataloader.num_workers": 0,
-        "train_dataloader.persistent_workers": False,
-        "val_dataloader.num_workers": 0,
-        "val_dataloader.persistent_workers": False,
-        "test_dataloader.num_workers": 0,
-        "test_dataloader.persistent_workers": False,
         "default_hooks.logger.interval": 1,
         "default_hooks.checkpoint.interval": 1,
         "train_cfg.max_iters": 2,

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from dataclasses import fields
 from functools import cache
@@ -13,10 +15,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from tests import check_docs
+from tests.docs_table import SUBSTITUTIONS
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import check_docs  # noqa: E402
-from docs_table import SUBSTITUTIONS  # noqa: E402
 
 DOCUMENTS = check_docs.documents()
 FENCED = [command for path in DOCUMENTS for command in check_docs.commands(path) if not command.is_python]
@@ -24,7 +26,7 @@ INLINE = [command for path in DOCUMENTS for command in check_docs.inline_command
 LAUNCHERS = {"python", "python3", "torchrun", "accelerate", ".venv/bin/python"}
 OTHERS = {"make", "export", ".venv/bin/pre-commit"}
 ELSEWHERE = {"-m pip", "-m pytest", "-m lmms_eval"}  # their options are not this project's
-OWN_FOLDERS = ("tools/", "det_configs/", "seg_configs/", "llava_apt/", "docs/", "tests/")
+OWN_FOLDERS = ("tools/", "benchmarks/", "examples/", "det_configs/", "seg_configs/", "llava_apt/", "docs/", "tests/")
 
 
 @cache
@@ -106,9 +108,25 @@ def test_a_command_that_fails_fails_the_check(tmp_path, capsys):
 RESULTS = {"photoshapes_results.py", "photoshapes_vqa_results.py", "train_photoshapes_vqa.py"}  # the READMEs show how
 
 
-@pytest.mark.parametrize("tool", [path for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()])
-def test_every_tool_has_help_with_examples(tool):
+SCRIPTS = [
+    path
+    for folder in ("tools", "benchmarks", "examples")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("tool", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_has_help_with_examples(tool):
     assert "\nexamples:\n" in tool.read_text() or "example:" in tool.read_text() or tool.name in RESULTS
+
+
+@pytest.mark.parametrize("script", ["tools/compare.py", "benchmarks/update_tables.py", "examples/make_photoshapes.py"])
+def test_scripts_run_by_path_from_any_folder(script, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, ROOT / script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
 @pytest.mark.slow

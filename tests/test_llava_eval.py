@@ -1,7 +1,6 @@
 """lmms-eval with the model llava_apt, run offline as its own evaluator runs it, on a tiny random LLaVA."""
 
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,19 +10,15 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
+from examples import photoshapes_vqa_results
+from examples.report import AFTER, BEFORE, DENSE
 from llava_apt.lmms_eval_plugin import MANIFEST, LlavaAptChat, LlavaAptSimple, parse_thresholds
 from llava_apt.prompt import question_prompt
+from tools import compare
 
 from .llava_tiny import CELLS, photo, save_hub_checkpoint
 
 ROOT = Path(__file__).parents[1]
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +84,13 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
 
 
 def test_offline_task_scores_as_counted_by_hand(checkpoint, data):
-    results_tool = tool("photoshapes_vqa_results")
-    with results_tool.task_manager(data) as manager:
+    with photoshapes_vqa_results.task_manager(data) as manager:
         results = simple_evaluate(model(checkpoint), tasks=["photoshapes_vqa"], task_manager=manager)
-    compared = tool("compare").read_lmms_eval("of this test", results)
+    compared = compare.read_lmms_eval("of this test", results)
     assert 0 < compared.tokens <= CELLS and compared.speed > 0
     lm, correct = model(checkpoint), []
     for record in json.loads((data / "vqa_validation.json").read_text()):
-        image = results_tool.load(data, record["image"])
+        image = photoshapes_vqa_results.load(data, record["image"])
         inputs = lm.processor(images=image, text=question_prompt("what is this ?", 1), return_tensors="pt")
         out = lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         answer = lm.tokenizer.decode(out, skip_special_tokens=True).strip()
@@ -169,31 +163,31 @@ def test_arguments():
         parse_thresholds("5.75")
 
 
-def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, monkeypatch):
+def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, monkeypatch, capsys):
     from llava_apt import LlavaAptForConditionalGeneration, save_new_layers
 
     tuned = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, thresholds={28: 2})
     save_new_layers(tuned, tmp_path)
-    arguments = [data, checkpoint, tmp_path, "--thresholds", "28=2", "--output", tmp_path / "results"]
+    arguments = [data, checkpoint, tmp_path, "--thresholds", "28=2", "--output", tmp_path / "results.json"]
     arguments += ["--rounds", 1, "--speed-samples", 4, "--work-dir", tmp_path / "work"]
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments)])
-    tool("photoshapes_vqa_results").main()
+    photoshapes_vqa_results.main()
     report = json.loads((tmp_path / "results.json").read_text())
-    variants = report["variants"]
-    assert list(variants) == ["dense", "random", "resizing", "APT before", "APT"]
-    assert variants["resizing"]["accuracy"] == variants["APT before"]["accuracy"]  # ZeroMLP starts at zero
-    assert variants["dense"]["tokens"] == CELLS
-    assert len({variants[name]["tokens"] for name in list(variants)[1:]}) == 1
-    assert all(measured["content_tokens"] <= measured["tokens"] <= CELLS for measured in variants.values())
-    text = (tmp_path / "results.md").read_text()
-    for name in (*variants, "position", "count", "samples/s", "without padding", "torch"):
+    rows = {row["title"]: row for row in report["rows"]}
+    assert list(rows) == [DENSE, "random", "resizing", BEFORE, AFTER, "most frequent answer"]
+    assert rows["resizing"]["metrics"] == rows[BEFORE]["metrics"]  # ZeroMLP starts at zero
+    assert rows[DENSE]["tokens"] == CELLS and rows[DENSE]["content_kept"] == 1
+    assert len({rows[name]["tokens"] for name in ("random", "resizing", BEFORE, AFTER)}) == 1
+    assert all(rows[name]["content_kept"] <= 1 for name in ("random", "resizing", BEFORE, AFTER))
+    text = capsys.readouterr().out
+    for name in (*rows, "position", "count", "per second", "content tokens kept", "Thresholds (entropy): 2 at 28 px"):
         assert name in text
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments), "--limit", "1"])
     with pytest.raises(ValueError, match=r"the first 1 questions lack .*position.*; raise --limit"):
-        tool("photoshapes_vqa_results").main()
+        photoshapes_vqa_results.main()
 
 
 def test_share_of_the_padding():
-    share = tool("photoshapes_vqa_results").content_share((640, 480), 8, 8)
+    share = photoshapes_vqa_results.content_share((640, 480), 8, 8)
     assert share.sum() == pytest.approx(64 * 0.75) and share[0].sum() == 0 and share[1].tolist() == [1.0] * 8
-    assert tool("photoshapes_vqa_results").content_share((100, 100), 8, 8).sum() == 64
+    assert photoshapes_vqa_results.content_share((100, 100), 8, 8).sum() == 64

@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from apt_backbones import score_patches
-from tools import make_photoshapes as photoshapes
+from examples import make_photoshapes as photoshapes
 
 SCRIPT = Path(photoshapes.__file__)
 SPLITS = {"training": 40, "validation": 10}
@@ -271,7 +271,7 @@ def test_existing_data_is_never_touched(tmp_path):
     (tmp_path / "set" / "mine.txt").write_text("keep")
     done = command("set", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "make_photoshapes.py: error: set already exists; remove it or name another folder\n"
+    assert done.stderr == "error: set already exists; remove it or name another folder\n"
     assert files(tmp_path) == {"set/mine.txt": b"keep"}
 
 
@@ -298,7 +298,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, stop):
         run.send_signal(stop)
         message = run.stderr.read()
     assert run.returncode == 1
-    assert message.endswith("make_photoshapes.py: interrupted; nothing is left in set\n")
+    assert message.endswith("interrupted; nothing is left in set\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,8 +1,6 @@
 """seg_configs: every file describes the network it names, trains a step and tests an image, also by mmseg's tools."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import mmseg
@@ -16,8 +14,8 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from apt_backbones.freeze import is_new
+from tests.scripts import ROOT, run_script
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "seg_configs").glob("*.py"))
 ADE20K = [path for path in CONFIGS if "photoshapes" not in path.stem]
 PHOTOSHAPES = [path for path in CONFIGS if "photoshapes" in path.stem]
@@ -180,13 +178,6 @@ def test_short_finetuning_changes_the_new_layers_only(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- tools
-
-
-def run_script(monkeypatch, script: Path, *arguments) -> None:
-    """Run a script as a program."""
-    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-    monkeypatch.syspath_prepend(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
 
 
 def options(data: Path, **settings) -> list[str]:

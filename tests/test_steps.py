@@ -1,10 +1,8 @@
-"""What a long run keeps between its starts: finished steps, for the very same inputs, and nothing half done."""
-
-import json
+"""What a long run keeps between its starts: finished steps, for the very same inputs."""
 
 import pytest
 
-from tools.steps import Steps, fingerprint, write
+from examples.steps import Steps, fingerprint
 
 
 class Work:
@@ -61,10 +59,3 @@ def test_a_fingerprint_is_of_names_and_content(tmp_path):
     assert len({before, changed, fingerprint(tmp_path / "a", pattern="*.py")}) == 3
     with pytest.raises(FileNotFoundError, match=r"nothing at .*missing"):
         fingerprint(tmp_path / "missing")
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-    write(tmp_path / "new" / "file.json", json.dumps(1))
-    write(tmp_path / "new" / "file.json", json.dumps(2))
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.json"]
-    assert json.loads((tmp_path / "new" / "file.json").read_text()) == 2

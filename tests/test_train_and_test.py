@@ -1,17 +1,12 @@
 """tools/train.py and tools/test.py before anything trains: their flags, and mistakes that end in one line."""
 
-import runpy
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import cli  # noqa: E402
-import mm_config  # noqa: E402
+from tests.scripts import ROOT, run_script
+from tools import cli, mm_config
 
 DET, SEG = "det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"
 
@@ -50,11 +45,6 @@ def test_short_fine_tunes_start_from_where_dense_training_writes(config):
     assert load(config).load_from == f"{dense.work_dir}/iter_{dense.train_cfg.max_iters}.pth"
 
 
-def run(monkeypatch, tool, *arguments):
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
-
-
 NO_DATA = ["--cfg-options", "test_dataloader.dataset.data_root=nowhere", "train_dataloader.dataset.data_root=nowhere"]
 
 
@@ -62,7 +52,7 @@ NO_DATA = ["--cfg-options", "test_dataloader.dataset.data_root=nowhere", "train_
     "tool, arguments, message",
     [
         ("test.py", ["none.py", "x.pth"], "no configuration at none.py"),
-        ("test.py", ["README.md", "x.pth"], "README.md is no configuration file"),
+        ("test.py", ["README.md", "x.pth"], "README.md is not a configuration file"),
         ("test.py", ["det_configs/_base_/runtime.py", "x.pth"], "configures no model"),
         ("test.py", ["det_configs/eva02_l_apt_1536.py", "x.pth"], "no data at data/coco/; put COCO there: train2017/"),
         ("test.py", [DET, "x.pth", *NO_DATA], "no data at nowhere; put the data set there"),
@@ -75,14 +65,14 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, tool, arguments, messag
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)  # a folder without data
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, tool, *arguments)
+        run_script(monkeypatch, f"tools/{tool}", *arguments)
     assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
 
 
 def test_missing_photoshapes_are_made_by_a_command(monkeypatch, tmp_path):
     cfg = load(DET)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"python tools/make_photoshapes.py data/photoshapes"):
+    with pytest.raises(FileNotFoundError, match=r"python examples/make_photoshapes.py data/photoshapes"):
         mm_config.check_data(cfg, ["test_dataloader"])
 
 
@@ -92,7 +82,7 @@ def test_a_missing_checkpoint_is_named_before_data_are_read(monkeypatch, tmp_pat
         checkpoint = [tmp_path / "none.pth"] if tool == "test.py" else []
         load_from = [f"load_from={tmp_path}/none.pth"]
         with pytest.raises(SystemExit, match=r"error: no checkpoint at .*none\.pth"):
-            run(monkeypatch, tool, DET, *checkpoint, "--cfg-options", *here, *load_from)
+            run_script(monkeypatch, f"tools/{tool}", DET, *checkpoint, "--cfg-options", *here, *load_from)
 
 
 def test_checkpoints_of_another_model_end_in_one_line():
@@ -114,5 +104,5 @@ def test_errors_of_the_program_itself_keep_their_traceback():
 @pytest.mark.parametrize("tool", ["train.py", "test.py"])
 def test_help_has_examples(monkeypatch, capsys, tool):
     with pytest.raises(SystemExit):
-        run(monkeypatch, tool, "--help")
+        run_script(monkeypatch, f"tools/{tool}", "--help")
     assert f"\nexamples:\n  python tools/{tool} det_configs/" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from tools import make_photoshapes
-from tools import train_photoshapes_vqa as training
+from examples import make_photoshapes
+from examples import train_photoshapes_vqa as training
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +62,19 @@ def test_an_interrupted_run_goes_on_after_the_alignment(data, tmp_path, monkeypa
     caplog.set_level(logging.INFO)
     arguments = [str(data[0]), str(tmp_path / "llava"), "--alignment-steps", "25", "--steps", "2", "--batch-size", "4"]
     monkeypatch.setattr(sys, "argv", ["train_photoshapes_vqa.py", *arguments])
-    optimise = training.optimise
+    optimize = training.optimize
 
     def interrupted(name, *others):
         if name == "answers":
             raise KeyboardInterrupt
-        optimise(name, *others)
+        optimize(name, *others)
 
-    monkeypatch.setattr(training, "optimise", interrupted)
+    monkeypatch.setattr(training, "optimize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.main()
     assert not (tmp_path / "llava").exists()
 
-    monkeypatch.setattr(training, "optimise", optimise)
+    monkeypatch.setattr(training, "optimize", optimize)
     caplog.clear()
     training.main()
     assert "alignment: taken from" in caplog.text and "alignment: step" not in caplog.text

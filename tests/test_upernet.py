@@ -1,7 +1,5 @@
 """The cheap UPerHead computes what mmseg's computes, with less arithmetic, and never from stale weights."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -207,21 +205,3 @@ def test_shipped_model_gives_the_same_logits_and_labels():
             logits[inference] = model.slide_inference(images, metas)
     assert relative_error(logits["cheap"], logits["plain"]) < 1e-4
     assert (logits["cheap"].argmax(1) == logits["plain"].argmax(1)).float().mean() > 0.9999
-
-
-def test_the_benchmark_compares_both_kinds_of_inference(monkeypatch, capsys):
-    tool = Path("tools/benchmark_head.py")
-    options = ["--channels", "8", "--img-size", "64", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", [str(tool), str(CONFIGS / "eva02_tiny_dense_photoshapes.py"), *options])
-    runpy.run_path(str(CONFIGS.parent / tool), run_name="__main__")
-    channels, size, plain, cheap, *_, error = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
-    assert (channels, size) == ("8", "32x32")  # patches of 4 pixels, and the finest map has two cells for each
-    assert float(cheap) <= float(plain)
-    assert float(error) < 1e-4
-
-
-def test_the_benchmark_refuses_what_has_no_such_head(monkeypatch):
-    tool = CONFIGS.parent / "tools/benchmark_head.py"
-    monkeypatch.setattr(sys, "argv", [str(tool), str(CONFIGS.parent / "det_configs/eva02_b_dense_1536.py")])
-    with pytest.raises(SystemExit, match="has no decode_head of type FastUPerHead; name another segmentation config"):
-        runpy.run_path(str(tool), run_name="__main__")

@@ -1,6 +1,5 @@
 """The picture tool, run as a user runs it."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +11,11 @@ from PIL import Image, ImageFile
 
 from apt_backbones import PatchLayout
 from apt_backbones.images import find_images, read_rgb
+from tests.scripts import ROOT, run_script
+from tools import drawing, video
+from tools.patch_settings import settings_of
 
-ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "visualize.py"
-sys.path.insert(0, str(ROOT / "tools"))
-import drawing  # noqa: E402
-import video  # noqa: E402
-from patch_settings import settings_of  # noqa: E402
 
 DET = ["--config", ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"]
 DET_WEIGHTS = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"
@@ -39,17 +36,12 @@ def test_pictures_are_written_and_named_after_their_images(tmp_path):
     assert sheet.width > 4 * 160 and sheet.height > 96
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, arguments)])
-    runpy.run_path(str(TOOL), run_name="__main__")
-
-
 def test_a_video_has_a_sheet_per_frame(tmp_path, monkeypatch, capsys):
     frames = [Image.new("RGB", (41, 33), (40 * i, 0, 0)) for i in range(3)]
     video.write_video(tmp_path / "in.gif", iter(frames), fps=10)
     video.write_video(tmp_path / "in.mp4", map(drawing.even, frames), fps=10)
-    call(monkeypatch, tmp_path, "--out-dir", tmp_path / "out")  # both
-    call(monkeypatch, tmp_path / "in.mp4", "--out-dir", tmp_path / "out", "--format", "gif")
+    run_script(monkeypatch, TOOL, tmp_path, "--out-dir", tmp_path / "out")  # both
+    run_script(monkeypatch, TOOL, tmp_path / "in.mp4", "--out-dir", tmp_path / "out", "--format", "gif")
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(set(written)) == 3 and sorted(path.suffix for path in written) == [".gif", ".mp4", ".mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
@@ -63,7 +55,7 @@ def test_a_video_has_a_sheet_per_frame(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("size", [(1, 1), (336, 336), (97, 1), (1536, 40)])
 def test_images_of_any_size_are_drawn(tmp_path, monkeypatch, size):
     Image.new("RGB", size, (90, 120, 200)).save(tmp_path / "x.png")
-    call(monkeypatch, tmp_path / "x.png", "--out-dir", tmp_path, "--show", "both")
+    run_script(monkeypatch, TOOL, tmp_path / "x.png", "--out-dir", tmp_path, "--show", "both")
     sheet = Image.open(tmp_path / "x_patches.png")
     assert sheet.width > 2 * size[0] and sheet.height > size[1]
 
@@ -116,9 +108,11 @@ def test_settings_come_from_a_llava_folder(tmp_path, do_pad, size):
 def test_predictions_are_drawn_beside_the_patches(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (150, 200, 3), dtype=np.uint8)).save(tmp_path / "x.png")
-    call(monkeypatch, tmp_path / "x.png", *DET, "--out-dir", tmp_path)
+    run_script(monkeypatch, TOOL, tmp_path / "x.png", *DET, "--out-dir", tmp_path)
     patches = Image.open(tmp_path / "x_patches.png").convert("RGB")
-    call(monkeypatch, tmp_path / "x.png", *DET, "--checkpoint", DET_WEIGHTS, "--score", 0, "--out-dir", tmp_path)
+    run_script(
+        monkeypatch, TOOL, tmp_path / "x.png", *DET, "--checkpoint", DET_WEIGHTS, "--score", 0, "--out-dir", tmp_path
+    )
     sheet = Image.open(tmp_path / "x_patches.png").convert("RGB")
     assert sheet.width == patches.width and sheet.height > 1.9 * patches.height
     upper = np.asarray(sheet)[: patches.height - 16]
@@ -145,7 +139,7 @@ def test_mistakes_end_in_one_line(arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, *arguments)
+        run_script(monkeypatch, TOOL, *arguments)
     assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
 
 

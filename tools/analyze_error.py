@@ -17,18 +17,18 @@ import warnings
 from pathlib import Path
 
 import torch
-from cli import parser_of, run
-from drawing import compose, draw_grid, draw_heat, zoom_for
-from mm_model import Crops, MMModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from tools.cli import parser_of, run
 from apt_backbones import PatchLayout
 from apt_backbones.distance import FeatureDistance
 from apt_backbones.images import find_images, read_rgb
+from tools.drawing import compose, draw_grid, draw_heat, zoom_for
+from tools.mm_model import Crops, MMModel
 
 PANEL = 1000  # pixels near which the longer side of a drawn picture lies, if it is small
 

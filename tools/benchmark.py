@@ -4,16 +4,17 @@
 examples:
   python tools/benchmark.py det_configs/eva02_b_apt_1536.py --keep 1.0 0.7 0.5
   python tools/benchmark.py det_configs/eva02_l_apt_1536.py --whole --stages --device cuda --dtype bf16 --thresholds
-  python tools/benchmark.py seg_configs/eva02_l_apt_512.py --whole --heads plain,cheap --batch-size 8 --stages
+  python tools/benchmark.py seg_configs/eva02_l_apt_512.py --whole --heads reference,fast --batch-size 8 --stages
   python tools/benchmark.py llava-1.5-7b --device cuda --dtype bf16 --batch-size 8
   python tools/benchmark.py det_configs/eva02_b_apt_1536.py --train-step --keep 0.7
   python tools/benchmark.py det_configs/eva02_l_apt_1536.py --img-sizes 512 1024 1536 2048 --keep 1 0.7 0.5
   python tools/benchmark.py --scorers --img-sizes 1536
 
 Configurations are adaptive ones of detectors and segmenters; for LLaVA name a shape (llava-1.5-7b, llava-1.5-13b,
-llava-small, llava-tiny) or the folder of a model. Weights are random: speed does not depend on them. All modes run in
-turn on every batch, and ratios are taken between runs on the same batch in the same round; medians are quoted. Modes:
-  dense       the ordinary dense implementation, images padded to a square
+llava-small, llava-tiny) or the folder of a model. Weights are random: speed does not depend on them. All modes run
+interleaved on every batch, and ratios are taken between runs on the same batch in the same round; medians are quoted.
+Modes:
+  dense       the reference dense implementation, images padded to a square
   dense-rect  the same on images that are padded only to whole patches
   packed      the packed implementation without thresholds, images padded to a square
   random, resizing, apt
@@ -27,14 +28,17 @@ import sys
 from pathlib import Path
 
 import torch
-from bench import report
-from bench.build import DTYPES, MODES, make_host
-from bench.measure import measure
-from cli import parser_of, run
 from rich.console import Console
-from steps import write
 
+from tools.cli import parser_of, run
+from apt_backbones.files import write_atomically
 from apt_backbones.selection import PADDING_MODES
+from benchmarks import report
+from benchmarks.build import DTYPES, MODES, make_host
+from benchmarks.hosts import INFERENCE
+from benchmarks.measure import measure
+
+OLD_HEADS = {"plain": "reference", "cheap": "fast"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     kind.add_argument("--whole", action="store_true", help="the whole detector or segmenter, not its trunk alone")
     kind.add_argument("--train-step", action="store_true", help="full fine-tune of dense modes, short of adaptive ones")
     kind.add_argument("--scorers", action="store_true", help="patch scoring alone, against a one-hot histogram")
-    parser.add_argument("--heads", help="with --whole, of a segmenter: plain,cheap (default: the configuration's)")
+    parser.add_argument("--heads", help="with --whole, of a segmenter: reference,fast (default: the configuration's)")
     parser.add_argument("--blocks", type=int, help="only the first blocks of the trunk, where all would take too long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and every single time here")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="speeds; for several --img-sizes how cost grows")
@@ -69,11 +73,11 @@ def parse_args() -> argparse.Namespace:
     if args.blocks and args.whole:
         parser.error("--blocks is for trunks alone")
     modes = args.modes.split(",") if args.modes else []
-    heads = args.heads.split(",") if args.heads else []
+    heads = [OLD_HEADS.get(head, head) for head in args.heads.split(",")] if args.heads else []
     if unknown := set(modes) - set(MODES):
         parser.error(f"unknown modes {', '.join(sorted(unknown))}; choose from {', '.join(MODES)}")
-    if unknown := set(heads) - {"plain", "cheap"}:
-        parser.error(f"unknown heads {', '.join(sorted(unknown))}; choose from plain, cheap")
+    if unknown := set(heads) - set(INFERENCE):
+        parser.error(f"unknown heads {', '.join(sorted(unknown))}; choose from {', '.join(INFERENCE)}")
     args.modes, args.heads = modes, heads
     return args
 
@@ -106,7 +110,7 @@ def main() -> None:
             of_config += measure_model(config, side, args, console)
             if args.json:
                 content = {**report.environment(args.device), "results": results + of_config}
-                write(args.json, json.dumps(content, indent=1) + "\n")
+                write_atomically(args.json, json.dumps(content, indent=1) + "\n")
         results += of_config
         if args.plot:
             args.plot.parent.mkdir(parents=True, exist_ok=True)

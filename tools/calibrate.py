@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from cli import parser_of, run
-from patch_settings import PatchSettings, settings_of, with_longest_side
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tools.cli import parser_of, run
 from apt_backbones.calibrate import ScoreMaps, calibrate_thresholds, kept_shares, score_maps_of, share_curves
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_sizes
+from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
 if TYPE_CHECKING:
-    from mm_model import MMModel
+    from tools.mm_model import MMModel
 
 QUANTILES = {"least": 0.0, "10th percentile": 0.1, "median": 0.5, "90th percentile": 0.9, "most": 1.0}
 TRIED_RATIOS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)  # of each size's threshold to that of the smallest
@@ -182,7 +182,7 @@ def main() -> None:
     sizes = tuple(settings.thresholds)
     model = None
     if args.checkpoint:
-        from mm_model import MMModel
+        from tools.mm_model import MMModel
 
         model = MMModel(args.config, args.checkpoint)
         model.trunk.scorer = settings.scorer

@@ -14,7 +14,7 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a tool; what the user can mend is reported in one line. ``python -X dev`` shows where it was raised."""
+    """Run a tool; what the user can correct is reported in one line. ``python -X dev`` shows where it was raised."""
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

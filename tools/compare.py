@@ -7,19 +7,20 @@ examples:
   python tools/compare.py results/llava-1.5-7b results/llava-1.5-7b-apt
 
 A run is a folder of tools/test.py, tools/train.py (then its last validation), lmms-eval (--output_path) or
-tools/demo.py, or a table in JSON. Of several results in a folder the newest counts. Differences are to the first line,
-or, if the first run has several methods, to its line of the same method. Speeds of different machines or days tell
-little.
+examples/demo.py, or a table in JSON. Of several results in a folder the newest counts. Differences are to the first
+line, or, if the first run has several methods, to its line of the same method. Speeds of different machines or days
+tell little.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-from cli import parser_of, run
-from steps import write
+from tools.cli import parser_of, run
+from apt_backbones.files import write_atomically
+from tools.results import Result, columns, markdown, read_table
 
 # Name in mmengine's logs -> title and factor; other metrics are shown only where none of these is.
 METRICS = {
@@ -35,29 +36,6 @@ NO_METRICS = re.compile(
 )
 
 
-@dataclass
-class Result:
-    """One line: a run, or one method of a run that has several.
-
-    Attributes:
-        metrics: title -> value.
-        tokens: patch tokens per image.
-        content_kept: share of the content's tokens.
-        speed: images (for LLaVA questions) per second.
-        differences: title of a metric -> difference to the reference.
-        relative_speed: to the reference's.
-    """
-
-    run: str
-    method: str
-    metrics: dict[str, float]
-    tokens: float | None = None
-    content_kept: float | None = None
-    speed: float | None = None
-    differences: dict[str, float] = field(default_factory=dict)
-    relative_speed: float | None = None
-
-
 # ------------------------------------------------------------------------------------------- reading
 
 
@@ -66,14 +44,14 @@ def read_run(path: Path) -> list[Result]:
 
     Raises:
         FileNotFoundError: there is no such folder or file, or it holds no results.
-        ValueError: a file is no table of results.
+        ValueError: a file is not a table of results.
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")
     if path.is_file():
-        return read_table(str(path), path)
+        return read_table(path, str(path))
     if tables := sorted(path.glob("photoshapes_*.json")):
-        return [result for table in tables for result in read_table(str(path), table)]
+        return [result for table in tables for result in read_table(table, str(path))]
     if found := newest(path.rglob("*_results.json")):
         return [read_lmms_eval(str(path), json.loads(found.read_text()))]
     if line := read_mmengine(path):
@@ -81,31 +59,6 @@ def read_run(path: Path) -> list[Result]:
     raise FileNotFoundError(
         f"no results in {path}: neither of tools/test.py, nor a validation, nor of lmms-eval, nor a photoshapes_*.json"
     )
-
-
-def read_table(name: str, path: Path) -> list[Result]:
-    """What tools/photoshapes_results.py or tools/photoshapes_vqa_results.py wrote."""
-    try:
-        table = json.loads(path.read_text())
-        if "rows" in table:
-            return [
-                Result(name, row["title"], row["metrics"], row["tokens"], row["content_kept"], row["images_per_second"])
-                for row in table["rows"]
-            ]
-        dense = table["variants"]["dense"]["content_tokens"]
-        return [
-            Result(
-                name,
-                method,
-                {f"accuracy {kind}".strip(): value for kind, value in row["accuracy"].items()},
-                row["tokens"],
-                row["content_tokens"] / dense,
-                sorted(row["samples_per_second"])[len(row["samples_per_second"]) // 2],
-            )
-            for method, row in table["variants"].items()
-        ]
-    except (KeyError, TypeError, ValueError) as error:  # the last: no JSON, or no text at all
-        raise ValueError(f"{path} is no table of tools/photoshapes_results.py or photoshapes_vqa_results.py") from error
 
 
 def read_lmms_eval(name: str, content: dict) -> Result:
@@ -118,7 +71,8 @@ def read_lmms_eval(name: str, content: dict) -> Result:
     }
     throughput = content.get("throughput") or {}  # of what a model logs, lmms-eval writes averages
     seconds = throughput.get("avg_seconds_per_sample")
-    return Result(name, "", metrics, throughput.get("avg_tokens_per_image"), None, 1 / seconds if seconds else None)
+    tokens = throughput.get("avg_tokens_per_image")
+    return Result(name, "", metrics, tokens, speed=1 / seconds if seconds else None)
 
 
 def read_mmengine(path: Path) -> tuple[dict, Path] | None:
@@ -139,7 +93,8 @@ def of_mmengine(name: str, line: dict, folder: Path) -> Result:
         key: value for key, value in line.items() if isinstance(value, int | float) and not NO_METRICS.fullmatch(key)
     }
     speed = batch_size(folder / "vis_data" / "config.py") / line["time"] if line.get("time") else None
-    return Result(name, "", known or others, line.get("tokens"), line.get("content_kept"), speed)
+    kept = (line.get(key) for key in ("tokens", "content_kept", "padding_kept"))
+    return Result(name, "", known or others, *kept, speed)
 
 
 def batch_size(config: Path) -> int:
@@ -173,29 +128,6 @@ def compare(runs: list[list[Result]]) -> list[Result]:
     return [result for results in runs for result in results]
 
 
-def markdown(results: list[Result]) -> str:
-    """The table; columns that no run has are left out."""
-    titles = list(dict.fromkeys(title for result in results for title in result.metrics))
-    columns = {"run": lambda r: r.run}
-    if any(result.method for result in results):
-        columns["method"] = lambda r: r.method
-    for title in titles:
-        columns[title] = lambda r, t=title: cell(r.metrics.get(t), "{:.2f}", r.differences.get(t), " ({:+.2f})")
-    columns["tokens"] = lambda r: cell(r.tokens, "{:.1f}")
-    columns["content tokens kept"] = lambda r: cell(r.content_kept, "{:.1%}")
-    columns["per second"] = lambda r: cell(r.speed, "{:.2f}", r.relative_speed, " ({:.2f}x)")
-    table = {title: [show(result) for result in results] for title, show in columns.items()}
-    table = {title: cells for title, cells in table.items() if any(cells)}
-    lines = [list(table), ["---"] * len(table), *zip(*table.values())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cell(value: float | None, form: str, difference: float | None = None, difference_form: str = "") -> str:
-    if value is None:
-        return ""
-    return form.format(value) + ("" if difference is None else difference_form.format(difference))
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
@@ -205,8 +137,8 @@ def main() -> None:
     args = parser.parse_args()
     results = compare([read_run(path) for path in args.runs])
     if args.json:
-        write(args.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    print(markdown(results))
+        write_atomically(args.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    print(markdown(columns(results)), end="")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ form) appears only when complete. Every entry of SRC is used or listed as droppe
 """
 
 import argparse
-import os
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from cli import parser_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tools.cli import parser_of, run
 from apt_backbones import convert_eva02, read_checkpoint
+from apt_backbones.files import write_atomically
 
 KINDS = {"eva02-det": "det", "eva02-seg": "seg"}
 
@@ -51,31 +49,23 @@ def convert(kind: str, source: Path, target: Path) -> list[str]:
 
 
 def write(weights: dict[str, Tensor], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
-    os.close(handle)
-    try:
+    def save(unfinished: Path) -> None:
         if target.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished)
         else:
-            torch.save({"state_dict": weights, "meta": {}}, temporary)
-        os.chmod(temporary, 0o644)  # temporary files are private
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+            torch.save({"state_dict": weights, "meta": {}}, unfinished)
+
+    write_atomically(target, save)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        if args.target.suffix not in (".safetensors", ".pth"):
-            raise ValueError(f"DST must end in .safetensors or .pth, not {args.target.name}")
-        if args.target.exists() and not args.force:
-            raise FileExistsError(f"{args.target} exists; choose another name or add --force")
-        print("\n".join(convert(KINDS[args.kind], args.source, args.target)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    if args.target.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"DST must end in .safetensors or .pth, not {args.target.name}")
+    if args.target.exists() and not args.force:
+        raise FileExistsError(f"{args.target} exists; choose another name or add --force")
+    print("\n".join(convert(KINDS[args.kind], args.source, args.target)))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

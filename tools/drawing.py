@@ -7,11 +7,11 @@ from torch import Tensor
 
 from apt_backbones import PatchLayout
 
-# Okabe and Ito's colours, told apart with any colour vision; the base patch, then each size above it.
-COLOURS = ((255, 255, 255), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115), (213, 94, 0))
+# Okabe and Ito's colors, told apart with any color vision; the base patch, then each size above it.
+COLORS = ((255, 255, 255), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115), (213, 94, 0))
 GAP = 16  # pixels between pictures of a sheet
 
-Caption = list[tuple[str, tuple[int, int, int] | None]]  # pieces of text, each behind a sample of a colour or none
+Caption = list[tuple[str, tuple[int, int, int] | None]]  # pieces of text, each behind a sample of a color or none
 
 
 def zoom_for(image: Image.Image, panel_side: int) -> int:
@@ -21,19 +21,19 @@ def zoom_for(image: Image.Image, panel_side: int) -> int:
 
 def draw_grid(image: Image.Image, layout: PatchLayout, zoom: int) -> Image.Image:
     """The image with every patch outlined: base patches by a thin line, white on dark and black on light parts, larger
-    ones in their size's colour, which also tints them a little."""
+    ones in their size's color, which also tints them a little."""
     canvas = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.LANCZOS).convert("RGB")
     thin, bold = Image.new("L", canvas.size), Image.new("RGBA", canvas.size)
     draw_thin, draw_bold = ImageDraw.Draw(thin), ImageDraw.Draw(bold)
     width = min(2, max(1, layout.patch_size * zoom // 12))
-    for side, colour in zip(layout.sizes, COLOURS):
+    for side, color in zip(layout.sizes, COLORS):
         for token in layout.sizes[side].tolist():
             x, y = (int(place[token]) * layout.patch_size * zoom for place in (layout.column_T, layout.row_T))
             corners = (x, y, x + side * zoom, y + side * zoom)
             if side == layout.patch_size:
                 draw_thin.rectangle(corners, outline=80)
             else:
-                draw_bold.rectangle(corners, fill=(*colour, 50), outline=(*colour, 230), width=width)
+                draw_bold.rectangle(corners, fill=(*color, 50), outline=(*color, 230), width=width)
     canvas.paste(canvas.convert("L").point(lambda grey: 0 if grey > 140 else 255).convert("RGB"), mask=thin)
     return Image.alpha_composite(canvas.convert("RGBA"), bold).convert("RGB")
 
@@ -47,7 +47,7 @@ def draw_heat(
         values_HW: one value per cell.
         cell: side of a cell in the image's pixels; cells may overhang at the right and bottom.
         zoom: whole factor by which the picture is larger than the image.
-        span: values of the darkest and the brightest colour; those of the map if not given.
+        span: values of the darkest and the brightest color; those of the map if not given.
     """
     from matplotlib import colormaps
 
@@ -63,8 +63,8 @@ def draw_heat(
 
 
 def size_caption(text: str, layout: PatchLayout) -> Caption:
-    """A caption that ends in the number of patches of each size, with its colour."""
-    counts = [(f"{len(index)} x {size} px", colour) for (size, index), colour in zip(layout.sizes.items(), COLOURS)]
+    """A caption that ends in the number of patches of each size, with its color."""
+    counts = [(f"{len(index)} x {size} px", color) for (size, index), color in zip(layout.sizes.items(), COLORS)]
     return [(text, None), *counts]
 
 
@@ -91,15 +91,15 @@ def compose(panels: list[tuple[str | Caption, Image.Image]]) -> Image.Image:
 
 def _length(caption: Caption, size: int) -> float:
     font = ImageFont.load_default(size)
-    return sum(font.getlength(text) + (size if colour else 0) + size for text, colour in caption)
+    return sum(font.getlength(text) + (size if color else 0) + size for text, color in caption)
 
 
 def _write(draw: ImageDraw.ImageDraw, caption: Caption, corner: tuple[int, int], size: int) -> None:
     font, (x, y) = ImageFont.load_default(size), corner
-    for text, colour in caption:
-        if colour:
+    for text, color in caption:
+        if color:
             sample = (x, y + size // 5, x + size * 4 // 5, y + size)
-            draw.rectangle(sample, fill=colour, outline="black")
+            draw.rectangle(sample, fill=color, outline="black")
             x += size
         draw.text((x, y), text, fill="black", font=font)
         x += font.getlength(text) + size

@@ -11,8 +11,8 @@ from mmengine.config import Config, DictAction
 SOURCES = {
     "data/coco": "put COCO there: train2017/, val2017/ and annotations/",
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
-    "data/photoshapes": "make it with: python tools/make_photoshapes.py data/photoshapes",
-    "data/photoshapes_big": "make it with: python tools/make_photoshapes.py data/photoshapes_big "
+    "data/photoshapes": "make it with: python examples/make_photoshapes.py data/photoshapes",
+    "data/photoshapes_big": "make it with: python examples/make_photoshapes.py data/photoshapes_big "
     "--train 8000 --val 400 --size 192 --min-diameter 0.2",
 }
 
@@ -31,7 +31,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no mmdetection or mmsegmentation configuration.
+        ValueError: it is not an mmdetection or mmsegmentation configuration.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args.config)
@@ -53,7 +53,7 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration at {path}; see det_configs/ and seg_configs/")
     if Path(path).suffix not in (".py", ".json", ".yaml", ".yml"):
-        raise ValueError(f"{path} is no configuration file; name one of det_configs/ or seg_configs/")
+        raise ValueError(f"{path} is not a configuration file; name one of det_configs/ or seg_configs/")
     cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
     if "model" not in cfg:
         raise ValueError(f"{path} configures no model; name one of det_configs/ or seg_configs/, not of _base_/")

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from mm_config import read_config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from PIL import Image
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from apt_backbones import load_converted, read_checkpoint
 from apt_backbones.distance import FeatureDistance, dense_features, feature_distance, merging_off
+from tools.mm_config import read_config
 
 NEEDS_FILE = ("LoadImageFromFile", "LoadAnnotations", "CheckSegMap")  # steps that images at hand go without
 

@@ -32,7 +32,7 @@ def settings_of(config: str) -> PatchSettings:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is no such configuration.
+        ValueError: it is not such a configuration.
     """
     is_llava = Path(config).is_dir() or Path(config).name == "config.json"
     return _llava_settings(Path(config)) if is_llava else _mm_settings(config)
@@ -49,7 +49,7 @@ def with_longest_side(pixels: int | None) -> Callable[[Image.Image], Image.Image
 
 
 def _mm_settings(config: str) -> PatchSettings:
-    from mm_config import read_config
+    from tools.mm_config import read_config
 
     cfg = read_config(config)
     model = cfg.model.get("module", cfg.model)  # test-time augmentation wraps the model

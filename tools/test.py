@@ -12,10 +12,11 @@ Metrics and the tokens kept are printed and logged to the work directory. Runs w
 import argparse
 from pathlib import Path
 
-from cli import parser_of, run
-from mm_config import add_common_arguments, check_data, load_config
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
+
+from tools.cli import parser_of, run
+from tools.mm_config import add_common_arguments, check_data, load_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

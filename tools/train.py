@@ -11,10 +11,11 @@ Adaptive configs short-fine-tune from the dense checkpoint that they name in loa
 import argparse
 from pathlib import Path
 
-from cli import parser_of, run
-from mm_config import add_common_arguments, check_data, load_config
 from mmengine.registry import RUNNERS
 from mmengine.runner import find_latest_checkpoint
+
+from tools.cli import parser_of, run
+from tools.mm_config import add_common_arguments, check_data, load_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,12 +1,13 @@
 """Reading and writing videos frame by frame, through imageio and PyAV."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image
+
+from apt_backbones.files import write_atomically
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
 
@@ -26,7 +27,7 @@ def read_frames(path: Path) -> tuple[Iterator[Image.Image], float, int | None]:
     """Frames of a video as RGB images, its frames per second, and how many frames it should have.
 
     Raises:
-        ValueError: the file is no video that PyAV can decode, when it is opened or while frames are read.
+        ValueError: the file is not a video that PyAV can decode, when it is opened or while frames are read.
     """
     try:
         with iio.imopen(path, "r", plugin="pyav") as file:
@@ -50,13 +51,8 @@ def read_frames(path: Path) -> tuple[Iterator[Image.Image], float, int | None]:
 
 def write_video(path: Path, frames: Iterable[Image.Image], fps: float) -> None:
     """Write frames of equal, even size as H.264 (.mp4) or as a looping .gif; the file appears when it is complete."""
-    temporary = path.with_stem(f".{path.stem}-part")
-    write: Callable = _write_gif if path.suffix == ".gif" else _write_mp4
-    try:
-        write(temporary, frames, fps)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write = _write_gif if path.suffix == ".gif" else _write_mp4
+    write_atomically(path, lambda unfinished: write(unfinished, frames, fps))
 
 
 def _write_mp4(path: Path, frames: Iterable[Image.Image], fps: float) -> None:

@@ -22,17 +22,17 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from cli import parser_of, run
-from drawing import compose, draw_grid, draw_heat, even, size_caption, standard_layout, zoom_for
-from patch_settings import PatchSettings, settings_of, with_longest_side
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from video import VIDEO_SUFFIXES, is_video, read_frames, write_video
 
+from tools.cli import parser_of, run
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.images import IMAGE_SUFFIXES, find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_thresholds
+from tools.drawing import compose, draw_grid, draw_heat, even, size_caption, standard_layout, zoom_for
+from tools.patch_settings import PatchSettings, settings_of, with_longest_side
+from tools.video import VIDEO_SUFFIXES, is_video, read_frames, write_video
 
 IMAGE_PANEL, VIDEO_PANEL = 1000, 640  # pixels near which the longer side of a drawn picture lies, if it is small
 VIDEO_WIDTH = 1920  # pixels that a frame of an output video has at most
@@ -100,7 +100,7 @@ class Sheets:
         if args.checkpoint:
             if not args.config or Path(args.config).is_dir():
                 raise ValueError("--checkpoint needs the --config of a detector or segmenter")
-            from mm_model import MMModel
+            from tools.mm_model import MMModel
 
             self.model = MMModel(args.config, args.checkpoint)
             self.model.trunk.thresholds = dict(self.settings.thresholds)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @DATASETS.register_module()
 class PhotoShapesDataset(BaseSegDataset):
-    """PhotoShapes (tools/make_photoshapes.py) with its six shapes as one class: figure against ground.
+    """PhotoShapes (examples/make_photoshapes.py) with its six shapes as one class: figure against ground.
 
     Telling the shapes apart as well takes longer training than a processor gives in half an hour; for all seven
     classes use mmseg's ``BaseSegDataset`` with ``reduce_zero_label=True``.

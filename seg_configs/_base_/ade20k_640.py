@@ -1,36 +1,18 @@
-"""ADE20K at 640 pixels."""
+"""ADE20K at 640 pixels: everything that is 512 pixels in ade20k_512.py, and its multiples, in proportion."""
 
 _base_ = "ade20k_512.py"
-load_mask = [dict(type="LoadAnnotations", reduce_zero_label=True), dict(type="CheckSegMap", num_classes=150)]
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    *load_mask,
-    dict(type="RandomResize", scale=(2560, 640), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(640, 640), cat_max_ratio=0.75),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="PackSegInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2560, 640), keep_ratio=True),
-    *load_mask,
-    dict(type="PackSegInputs"),
-]
+
+
+def larger(steps):
+    sizes = ("scale", "crop_size")
+    return [{k: tuple(side * 640 // 512 for side in v) if k in sizes else v for k, v in s.items()} for s in steps]
+
+
+train_pipeline = larger(_base_.train_pipeline)
+test_pipeline = larger(_base_.test_pipeline)
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
-tta_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(
-        type="TestTimeAug",
-        transforms=[
-            [dict(type="Resize", scale=(int(2560 * r), int(640 * r)), keep_ratio=True) for r in img_ratios],
-            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
-            [dict(type="CheckSegMap", num_classes=150)],
-            [dict(type="PackSegInputs")],
-        ],
-    ),
-]
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1]["transforms"][0] = larger(tta_pipeline[1]["transforms"][0])
+del larger

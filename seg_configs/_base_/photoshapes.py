@@ -1,4 +1,4 @@
-"""PhotoShapes (tools/make_photoshapes.py) for segmentation: shapes against background; images scaled to 160 pixels."""
+"""PhotoShapes (examples/make_photoshapes.py) for segmentation: shapes against background, at 160 pixels."""
 
 data_root = "data/photoshapes"
 dataset = dict(type="PhotoShapesDataset", data_root=data_root)

@@ -1,0 +1,40 @@
+"""A comparison of methods on PhotoShapes: what its JSON file holds, and what is said below its table.
+
+A report has the ``rows`` that tools.results reads, and ``task``, ``command``, ``hardware``, ``versions``,
+``measured_on``, ``scorer``, ``thresholds`` (size -> threshold), ``minutes_dense`` and ``minutes_short_finetune`` (None
+where they are not known).
+"""
+
+import json
+from pathlib import Path
+
+from apt_backbones.files import write_atomically
+from tools.results import columns, markdown, read_table
+
+DENSE, BEFORE, AFTER = "dense", "APT before the short fine-tune", "APT after the short fine-tune"
+
+
+def write_report(path: Path, report: dict) -> str:
+    """Write the JSON file; returns its table and facts as Markdown."""
+    write_atomically(path, json.dumps(report, indent=1) + "\n")
+    return markdown_of(path)
+
+
+def markdown_of(path: Path) -> str:
+    """Table and facts of a report's file."""
+    report = json.loads(path.read_text())
+    minutes = (report["minutes_dense"], report["minutes_short_finetune"])
+    words = ("the dense model was trained from scratch in {:.0f} minutes", "the adaptive one fine-tuned in {:.1f}")
+    trained = [text.format(value) for text, value in zip(words, minutes) if value is not None]
+    facts = [
+        f"Measured on {report['measured_on']}",
+        f"Hardware: {report['hardware']}",
+        f"Thresholds ({report['scorer']}): {thresholds_of(report)}",
+        *([", ".join(trained).capitalize()] if trained else []),
+        f"Command: `python {report['command']}`",
+    ]
+    return f"{markdown(columns(read_table(path), digits=1))}\n{'. '.join(facts)}.\n"
+
+
+def thresholds_of(report: dict) -> str:
+    return ", ".join(f"{value:g} at {size} px" for size, value in report["thresholds"].items())

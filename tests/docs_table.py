@@ -1,0 +1,157 @@
+"""What tests/check_docs.py runs in place of what the documents say: small files for large ones, one processor for GPUs.
+
+Everything that a document names and that is not listed here runs as it is written.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# In the documents -> what runs instead; applied in this order to every command and every Python block.
+SUBSTITUTIONS = (
+    # Setting up, testing and the demo are commands of continuous integration, of tests, and of a person's: here only
+    # that they exist.
+    ("make ", "make --dry-run "),
+    (".venv/bin/python -m pytest -m gpu", "python -m pytest -m gpu --collect-only tests/test_eva02.py"),
+    (".venv/bin/pre-commit install", "python -m pre_commit validate-config"),
+    # A machine without a package index: wheels cannot be carried to where they come from.
+    ("benchmarks/carry_wheels.sh wheels", "bash -n benchmarks/carry_wheels.sh"),
+    ("python3 -m pip install --no-index --no-deps --target site wheels/*.whl", "python3 -m pip --version"),
+    ("python3 -m pytest -m gpu", "python -m pytest -m gpu --collect-only tests/test_eva02.py"),
+    ("TARGET=site benchmarks/build_mmcv_cuda.sh wheels/onedl_mmcv-*.tar.gz", "bash -n benchmarks/build_mmcv_cuda.sh"),
+    ("run_all.py --images wheels/photos", "run_all.py --list"),
+    # Hardware.
+    ("torchrun --nproc_per_node 8", "torchrun --nproc_per_node 1"),
+    ("torchrun --nproc-per-node 8", "torchrun --nproc-per-node 1"),
+    ("accelerate launch --num_processes 8", "accelerate launch --cpu --num_processes 1"),
+    ("--launcher pytorch --amp", "--launcher pytorch"),
+    ("--device cuda --dtype bf16", "--device cpu --num-images 1 --rounds 1"),
+    # Iterations, of which the small configurations (see fill) have one.
+    ("iter_3000.pth", "iter_1.pth"),
+    ("iter_4000.pth", "iter_1.pth"),
+    # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.
+    ("eva02-det eva02_L_coco_sys.pth checkpoints/", "eva02-det eva02_L_coco_sys.pth converted/"),
+    (
+        "eva02-seg eva02_L_ade_seg_upernet_sz512.pth checkpoints/",
+        "eva02-seg eva02_L_ade_seg_upernet_sz512.pth converted/",
+    ),
+    # PhotoShapes is made once, small, before everything else.
+    (
+        "make_photoshapes.py data/photoshapes_big --train 8000 --val 400 --size 192 --min-diameter 0.2",
+        "make_photoshapes.py made_big",
+    ),
+    ("make_photoshapes.py data/photoshapes", "make_photoshapes.py made"),
+    ("make_photoshapes.py made_big", "make_photoshapes.py data/photoshapes_big --train 24 --val 6 --size 128"),
+    ("make_photoshapes.py made", "make_photoshapes.py made --train 2 --val 1 --size 96 --workers 1"),
+    ("photoshapes_results.py det", "photoshapes_results.py det --out made_results"),
+    ("photoshapes_results.py seg", "photoshapes_results.py seg --out made_results"),
+    ("--error-sample 100", "--error-sample 2"),
+    # LLaVA: a random model of 2 layers, and PhotoShapes' questions instead of benchmarks to be downloaded.
+    ("llava-hf/llava-1.5-7b-hf", "llava-tiny"),
+    ("benchmark.py llava-1.5-7b", "benchmark.py llava-tiny"),
+    (
+        "llava_v1_5_mix665k.json --image-folder images",
+        "data/photoshapes/vqa_training.json --image-folder data/photoshapes",
+    ),
+    (
+        "--output-dir llava-1.5-7b-apt",
+        "--output-dir llava-1.5-7b-apt --use_cpu --total-batch-size 2 --device-batch-size 2 --max_steps 1",
+    ),
+    ("pretrained=llava-1.5-13b-apt", "pretrained=llava-1.5-7b-apt"),
+    ("--tasks vqav2_val,gqa,scienceqa_img,textvqa_val,pope,mme,mmbench_en_dev,mmvet", "--tasks gqa"),
+    ("--tasks gqa", "--tasks photoshapes_vqa --include_path llava_apt/eval_tasks --limit 2"),
+    ("--model_args pretrained=", "--model_args device=cpu,pretrained="),
+    (
+        "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense",
+        "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense --alignment-steps 1 --steps 1",
+    ),
+    ("--limit 2000 --batch-size 32 --rounds 3", "--limit 60 --batch-size 10 --rounds 1 --speed-samples 2"),
+    ("torch.randn(2, 3, 768, 1024)", "torch.randn(1, 3, 128, 128)"),
+)
+
+# Lines at the end of a configuration, in the copy that runs.
+_SMALL = """
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = dict(num_workers=0, persistent_workers=False)
+"""
+_ONE_STEP = "train_cfg = dict(max_iters=1, val_interval=1)\n"
+_TINY = '_base_ = "eva02_tiny_{}_photoshapes.py"\nload_from = "{}"\n'
+
+# PhotoShapes needs no multi-scale test, the _ms configurations' bases do.
+_MULTI_SCALE = """
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (64, 128)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+"""
+
+# What Python blocks of a document take for granted.
+PRELUDES = {"llava_apt/README.md": 'from PIL import Image\n\nimage = Image.open("photo.jpg")\n'}
+
+
+def fill(folder: Path) -> None:
+    """Make a checkout to run commands in: this one's code, with small configurations, data and checkpoints."""
+    import numpy as np
+    import skimage
+    import torch
+    from PIL import Image
+
+    from examples.make_photoshapes import make_photoshapes
+    from tests.golden import load_golden
+    from tests.llava_tiny import save_hub_checkpoint
+    from tools.video import write_video
+
+    for name in ("tools", "benchmarks", "examples", "apt_backbones", "llava_apt", "tests", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "setup.py", ".pre-commit-config.yaml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    for task, scale in (("det", "l_{}_1536"), ("seg", "l_{}_512")):
+        configs = folder / f"{task}_configs"
+        shutil.copytree(ROOT / configs.name, configs)
+        weights = f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+        for method in ("dense", "random", "resizing", "apt"):
+            with open(configs / f"eva02_tiny_{method}_photoshapes.py", "a") as config:
+                config.write(_SMALL + _ONE_STEP)
+            (configs / f"eva02_{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
+    with open(folder / "seg_configs/_base_/photoshapes.py", "a") as config:
+        config.write(_MULTI_SCALE)
+    (folder / "checkpoints").mkdir()
+    for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
+        weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+        if name.endswith(".pth"):
+            from safetensors.torch import load_file
+
+            torch.save({"state_dict": load_file(weights)}, folder / "checkpoints" / name)
+        else:
+            shutil.copy(weights, folder / "checkpoints" / name)
+    torch.save({"model": load_golden("eva02_cascade_tiny").weights}, folder / "eva02_L_coco_sys.pth")
+    seg = {"state_dict": load_golden("eva02_seg_tiny").weights}
+    torch.save(seg, folder / "eva02_L_ade_seg_upernet_sz512.pth")
+
+    make_photoshapes(folder / "data/photoshapes", train=6, val=3, size=160, seed=0, workers=1)
+    shapes = folder / "data/photoshapes"
+    for split, name in (("training", "train2017"), ("validation", "val2017")):
+        for target in (folder / "data/coco", folder / "coco"):
+            target.mkdir(exist_ok=True)
+            (target / name).symlink_to(shapes / "images" / split)
+    (folder / "data/ade").mkdir()
+    (folder / "data/ade/ADEChallengeData2016").symlink_to(shapes)
+    photos = Path(skimage.__file__).parent / "data"
+    Image.open(photos / "astronaut.png").resize((160, 160)).save(folder / "photo.jpg")
+    Image.open(photos / "rocket.jpg").save(folder / "rocket.jpg")
+    write_video(folder / "clip.mp4", (Image.new("RGB", (64, 48), (80 * i, 90, 9)) for i in range(2)), fps=5)
+    (folder / "llava-tiny").mkdir()
+    save_hub_checkpoint(folder / "llava-tiny")
+    records = json.loads((shapes / "vqa_training.json").read_text())
+    (shapes / "vqa_training.json").write_text(json.dumps(records[:40]))
+    np.random.seed(0)

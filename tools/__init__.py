@@ -1,0 +1,1 @@
+"""What users run on their own models, and what these scripts share."""
