@@ -7,10 +7,14 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
+TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configuration's scope
+
 # Where a data set comes from, by the folder that configs name for it.
 SOURCES = {
     "data/coco": "put COCO there: train2017/, val2017/ and annotations/",
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
+    "data/imagenet/train": "put ImageNet's training images there, a folder per class",
+    "data/imagenet/val": "put ImageNet's validation images there, a folder per class",
     "data/photoshapes": "make it with: python examples/make_photoshapes.py data/photoshapes",
     "data/photoshapes_big": "make it with: python examples/make_photoshapes.py data/photoshapes_big "
     "--train 8000 --val 400 --size 192 --min-diameter 0.2",
@@ -39,8 +43,8 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
         merge_number_keys(cfg._cfg_dict)
-    toolbox = cfg.get("default_scope", "").removeprefix("mm")  # the two toolboxes have configs of the same name
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", toolbox, Path(args.config).stem))
+    task = TASKS.get(cfg.get("default_scope"), "other")  # detectors and segmenters have configs of the same name
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", task, Path(args.config).stem))
     return cfg
 
 
@@ -51,12 +55,14 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
         import_custom_modules: without, the toolbox that a configuration is for need not be installed.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration at {path}; see det_configs/ and seg_configs/")
+        raise FileNotFoundError(f"no configuration at {path}; see det_configs/, seg_configs/ and cls_configs/")
     if Path(path).suffix not in (".py", ".json", ".yaml", ".yml"):
-        raise ValueError(f"{path} is not a configuration file; name one of det_configs/ or seg_configs/")
+        raise ValueError(f"{path} is not a configuration file; name one of det_configs/, seg_configs/ or cls_configs/")
     cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
     if "model" not in cfg:
-        raise ValueError(f"{path} configures no model; name one of det_configs/ or seg_configs/, not of _base_/")
+        raise ValueError(
+            f"{path} configures no model; name one of det_configs/, seg_configs/, cls_configs/, not _base_/"
+        )
     return cfg
 
 

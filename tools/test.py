@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Test a detector or segmenter, with the flags of mmdetection's and mmsegmentation's own tools/test.py.
+"""Test a detector, segmenter or classifier, with the flags of mmdetection's and mmsegmentation's own tools/test.py.
 
 examples:
   python tools/test.py det_configs/eva02_tiny_apt_photoshapes.py \\
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if not Path(args.checkpoint).is_file():  # before the data is read, which may take minutes
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     if args.show_dir:
+        if "visualization" not in cfg.default_hooks:
+            raise ValueError(f"--show-dir: {args.config} has no visualization hook; classifiers paint nothing")
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
     runner = RUNNERS.build(cfg)
     runner.model.requires_grad_(False)  # frozen projections run as one product

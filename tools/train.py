@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a detector or segmenter, with the flags of mmdetection's and mmsegmentation's own tools/train.py.
+"""Train a detector, segmenter or classifier, with the flags of mmdetection's and mmsegmentation's own tools/train.py.
 
 examples:
   python tools/train.py det_configs/eva02_tiny_dense_photoshapes.py --resume

@@ -57,7 +57,7 @@ class TokenCountHook(Hook):
 
     def _before_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, mode: str = "train") -> None:
         self._mode = mode
-        samples = data_batch["data_samples"]
+        samples = data_batch.get("data_samples", ())
         # Test-time augmentation gives a list per augmentation; images without a shape are all content.
         self._shapes = [sample.img_shape[:2] for sample in samples if "img_shape" in sample]
 

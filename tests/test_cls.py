@@ -1,0 +1,152 @@
+"""Classification: configs, data, training, testing and metrics, on a folder of small pictures by class."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import apt_backbones.mm.cls
+from apt_backbones import adapt
+from tests.golden import relative_error
+from tools import test, train
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "cls_configs").glob("*.py"))
+NETWORK = dict(model="vit_tiny_patch16_224", img_size=64, model_options=dict(depth=2))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two classes that a linear layer tells apart, smooth above and busy below."""
+    random = np.random.default_rng(0)
+    for split, number in (("train", 12), ("val", 6)):
+        for name, colour in (("cold", (0, 0, 200)), ("warm", (200, 0, 0))):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = np.full((80, 90, 3), colour, np.uint8)
+                pixels[40:] = random.integers(0, 255, (40, 90, 3)) // 2 + pixels[40:] // 4
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_name_models_that_timm_has_and_that_take_their_images(path):
+    cfg = Config.fromfile(path)
+    assert timm.is_model(cfg.model.model.split(".")[0])
+    assert timm.get_pretrained_cfg(cfg.model.model, allow_unregistered=False) is not None
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.model == cfg.model.model and loader.dataset.img_size == cfg.model.img_size
+    with torch.device("meta"):
+        model = MODELS.build({**cfg.model, "model_options": {**cfg.model.get("model_options", {}), "depth": 1}})
+    patch = model.trunk.patch_size
+    assert cfg.model.img_size % patch == 0
+    assert list(model.trunk.thresholds) == ([] if path.stem.endswith("dense") else [2 * patch, 4 * patch])
+    assert cfg.load_from == f"checkpoints/{cfg.model.model}.safetensors"
+
+
+def options(data, **more):
+    """Flags that make a config of ours small."""
+    folders = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
+    flags = {f"{loader}.dataset.data_root": data / split for loader, split in folders.items()}
+    small = {"num_workers": 0, "persistent_workers": False, "batch_size": 4}
+    flags |= {f"{loader}.{name}": value for loader in folders for name, value in small.items()}
+    flags |= {"model.model_options.depth": 2, "model.num_classes": 2, "model.new_classifier": True}
+    return [f"{name}={value}" for name, value in (flags | more).items()]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """timm's checkpoint of the network, but with two blocks."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", depth=2)
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    return str(tmp_path / "timm.safetensors")
+
+
+def test_trains_from_timms_weights_and_tests_what_it_saved(data, weights, tmp_path):
+    config = str(ROOT / "cls_configs/vit_b_16_224_apt.py")
+    more = {"load_from": weights, "optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 2}
+    train.main([config, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options(data, **more)])
+    checkpoint = str(tmp_path / "run/epoch_2.pth")
+    metrics = test.main([config, checkpoint, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options(data)])
+    assert metrics["top1"] == 100 and metrics["top5"] == 100
+    assert metrics["content_kept"] < 0.9
+    assert metrics["images_per_second"] > 0
+    trained = torch.load(checkpoint, weights_only=False)["state_dict"]
+    start = timm.create_model("vit_base_patch16_224", depth=2, num_classes=2).state_dict()
+    assert trained["trunk.adaptive_embed.zero_mlp.weight"].any(), "the new layers train"
+    assert not torch.equal(trained["trunk.blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_dense_is_timm_and_a_merged_patch_counts_by_its_area(global_pool):
+    host = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3, global_pool=global_pool)
+    for parameter in host.parameters():
+        nn.init.normal_(parameter, 0.02, 0.05)
+    host.eval()
+    network = {**NETWORK, "model_options": dict(depth=2, global_pool=global_pool)}
+    dense = MODELS.build(dict(type="TimmClassifier", num_classes=3, **network)).eval()
+    dense.adapt_state_dict(weights := dict(host.state_dict()))
+    dense.load_state_dict(weights)
+    images = torch.randn(2, 3, 64, 64)
+    images[:, :, :32] = 0.5
+    labels = torch.zeros(2, dtype=torch.long)
+    assert torch.equal(dense(images, labels), host(images)), "timm's own code runs"
+
+    adaptive = adapt(dense.trunk, {32: 4.0})
+    tokens = adaptive.forward_features(images)
+    if global_pool == "avg":
+        *_, (_, x_TD) = adaptive.run(images)
+        layout = adaptive.last_layout
+        area_T1 = (layout.side_T[:, None] / 16).square()
+        means = [x.sum(0) / 16 for x in (area_T1 * x_TD).split(layout.images.lengths)]
+        assert max(layout.num_patches) < 16
+        assert relative_error(adaptive(images), adaptive.head(adaptive.fc_norm(torch.stack(means)))) <= 1e-5
+    else:
+        assert relative_error(adaptive(images), adaptive.head(tokens[:, 0])) <= 1e-5
+
+
+def test_mixup_gives_soft_targets_in_training_only():
+    torch.manual_seed(0)
+    mixup = dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1)
+    model = MODELS.build(dict(type="TimmClassifier", num_classes=2, mixup=mixup, **NETWORK))
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
+    assert model(images, labels, mode="loss")["loss"].isfinite()
+    plain = MODELS.build(dict(type="TimmClassifier", num_classes=2, **NETWORK))
+    expected = nn.functional.cross_entropy(plain(images, labels), labels)
+    assert torch.equal(plain(images, labels, mode="loss")["loss"], expected)
+
+
+def test_accuracy_counts_the_best_and_the_five_best():
+    metric = METRICS.build(dict(type="TopAccuracy"))
+    logits = torch.eye(8)[[0, 1, 2, 3]] + torch.linspace(0.5, 0, 8)
+    metric.process({}, [{"logits": row, "label": label} for row, label in zip(logits, [0, 0, 7, 3])])
+    assert metric.compute_metrics(metric.results) == {"top1": 50.0, "top5": 75.0}
+
+
+def test_data_is_normalized_as_the_model_was_trained(data):
+    """augreg's ViT-B was trained on pixels from -1 to 1, MAE's on ImageNet's mean and deviation."""
+    for model, mean in (("vit_base_patch16_224", 0.5), ("vit_base_patch16_224.mae", 0.485)):
+        dataset = DATASETS.build(dict(type="FolderOfClasses", data_root=str(data / "val"), model=model, img_size=56))
+        image = dataset[0]["inputs"]
+        assert image.shape == (3, 56, 56) and dataset[0]["labels"] == 0
+        std = timm.get_pretrained_cfg(model).std[0]
+        assert image[0, 0, 0] == pytest.approx(-mean / std, abs=1e-4), "the first class has no red"
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        DATASETS.build(dict(type="FolderOfClasses", data_root=str(tmp_path / "nowhere"), model="vit_base_patch16_224"))
+
+
+def test_the_throughput_hook_exists_under_its_name():
+    assert HOOKS.get("ThroughputHook") is apt_backbones.mm.cls.ThroughputHook
