@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
 import apt_backbones.mm.det  # noqa: F401
-from apt_backbones import convert_eva02, load_converted, read_checkpoint
+from apt_backbones import convert_eva02, find_trunk, load_converted, read_checkpoint
 from tests.golden import load_golden, relative_error
 
 CONFIGS = sorted(Path("det_configs").glob("*.py"))
@@ -131,8 +132,8 @@ def test_every_config_builds_and_says_what_its_name_says(path):
     init_default_scope(cfg.default_scope)
     with torch.device("meta" if "tiny" not in path.stem else "cpu"):
         model = MODELS.build(cfg.model)
-    backbone = model.backbone
-    method = path.stem.split("_")[2]
+    backbone = find_trunk(model)
+    method = path.stem.removeprefix("vitdet_").split("_")[2]
     assert cfg.custom_imports.imports and cfg.runner_type == "APTRunner"
     assert cfg.custom_hooks == [dict(type="TokenCountHook")]
     assert bool(backbone.thresholds) == (method != "dense")
@@ -143,7 +144,8 @@ def test_every_config_builds_and_says_what_its_name_says(path):
         assert cfg.load_from
     else:
         assert len(trained) == len(list(model.parameters()))
-    square = backbone.train_grid * backbone.patch_size
+    square = cfg.model.backbone.img_size
+    assert square % backbone.patch_size == 0
     assert cfg.model.data_preprocessor.pad_size_divisor == (2 * backbone.patch_size if "rect" in path.stem else square)
 
 
@@ -179,3 +181,28 @@ def test_the_shipped_detector_fits_its_config_and_merges_content():
     assert weights["backbone.adaptive_embed.zero_mlp.weight"].any(), "the short fine-tune has left no trace"
     detect(detector, torch.full((128, 192, 3), 90, dtype=torch.uint8))
     assert detector.backbone.last_layout.num_tokens < 24 * 24 / 2
+
+
+@pytest.mark.parametrize("stem", ["dinov2_s_apt_1024", "dinov3_b_apt_1024"])
+def test_a_timm_detector_detects_and_learns(stem):
+    """Also with patches of 14 pixels, whose pyramid has fractional strides; one window and one global block."""
+    cfg = Config.fromfile(f"det_configs/{stem}.py")
+    init_default_scope("mmdet")
+    patch = 14 if "dinov2" in stem else 16
+    cfg.model.data_preprocessor.pad_size_divisor = 16 * patch
+    cfg.model.backbone.update(img_size=16 * patch, window_size=8, out_indices=(2,), checkpoint=None, test_dtype=None)
+    cfg.model.test_cfg.rpn.max_per_img = cfg.model.train_cfg.rpn_proposal.max_per_img = 20
+    torch.manual_seed(0)
+    detector = MODELS.build(cfg.model)
+    image = torch.full((190, 224, 3), 90, dtype=torch.uint8)
+    image[:100, :100] = torch.randint(0, 256, (100, 100, 3))
+    detect(detector.eval(), image)
+    strides = cfg.model.rpn_head.anchor_generator.strides
+    assert strides[2] == patch and find_trunk(detector).last_layout.grid == (16, 16)
+    sample = DetDataSample(metainfo=dict(img_shape=(190, 224), batch_input_shape=(16 * patch, 16 * patch)))
+    sample.gt_instances = InstanceData(bboxes=torch.tensor([[10.0, 10, 90, 90]]), labels=torch.tensor([3]))
+    sample.gt_instances.masks = BitmapMasks(np.ones((1, 190, 224), np.uint8), 190, 224)
+    batch = detector.data_preprocessor({"inputs": [image.permute(2, 0, 1)], "data_samples": [sample]}, training=True)
+    losses, _ = detector.train().parse_losses(detector(**batch, mode="loss"))
+    losses.backward()
+    assert all(p.grad is not None for name, p in detector.named_parameters() if "adaptive_embed" in name)

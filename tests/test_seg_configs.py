@@ -17,7 +17,8 @@ from apt_backbones.freeze import is_new
 from tests.scripts import ROOT, run_script
 
 CONFIGS = sorted((ROOT / "seg_configs").glob("*.py"))
-ADE20K = [path for path in CONFIGS if "photoshapes" not in path.stem]
+ADE20K = [path for path in CONFIGS if path.stem.startswith("eva02") and "photoshapes" not in path.stem]
+TIMM = [path for path in CONFIGS if path.stem.startswith("dino")]
 PHOTOSHAPES = [path for path in CONFIGS if "photoshapes" in path.stem]
 MM_TOOLS = Path(mmseg.__file__).parent / ".mim" / "tools"
 CROP = 64
@@ -57,11 +58,19 @@ def small(path: Path, data: Path, work_dir: Path) -> Config:
     cfg.load_from = None
     model = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
     model.data_preprocessor.size = (CROP, CROP)
-    model.backbone.update(img_size=CROP, pretrain_img_size=CROP, embed_dim=48, num_heads=3)
-    model.backbone.update(depth=4, out_indices=(0, 1, 2, 3))
-    model.neck.embed_dim = 48
-    model.decode_head.update(in_channels=[48] * 4, channels=16)
-    model.auxiliary_head.update(in_channels=48, channels=16)
+    if model.backbone.type == "APTTimm":
+        width = 384
+        model.backbone.update(model=model.backbone.model.replace("base", "small").split(".")[0])
+    else:
+        width = 48
+        model.backbone.update(img_size=CROP, pretrain_img_size=CROP, embed_dim=48, depth=4, num_heads=3)
+    if model.neck is None:
+        model.decode_head.update(in_channels=width, channels=width)
+    else:
+        model.backbone.out_indices = (0, 1, 2, 3)
+        model.neck.embed_dim = width
+        model.decode_head.update(in_channels=[width] * 4, channels=16)
+        model.auxiliary_head.update(in_channels=width, channels=16)
     model.test_cfg.update(crop_size=(CROP, CROP), stride=(43, 43))
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(num_workers=0, persistent_workers=False)
@@ -120,6 +129,24 @@ def test_ade20k_models_are_the_published_ones(path):
     assert model.backbone.merge == ("apt" if variant == "dense" else variant)
 
 
+@pytest.mark.parametrize("path", TIMM, ids=names(TIMM))
+def test_timm_models_fit_their_heads(path):
+    cfg = Config.fromfile(path)
+    init_default_scope("mmseg")
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model).eval()
+        trunk, is_linear = model.backbone.trunk, "linear" in path.stem
+        channels = model.decode_head.in_channels
+        assert channels == (trunk.embed_dim if is_linear else [trunk.embed_dim] * 4)
+    assert timm.get_pretrained_cfg(cfg.model.backbone.model, allow_unregistered=False) is not None
+    assert model.backbone.norm == is_linear
+    patch = trunk.patch_size
+    assert trunk.thresholds == ({2 * patch: 5.75} if "_apt_" in path.stem else {})
+    if is_linear:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(is_new(name) if "_apt_" in path.stem else name.startswith("decode_head") for name in trained)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
 def test_adaptive_configs_short_finetune_and_the_others_do_not(path):
     cfg = Config.fromfile(path)
@@ -140,7 +167,10 @@ def test_adaptive_configs_short_finetune_and_the_others_do_not(path):
 # ------------------------------------------------------------------------------------------- that they run
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+RUN = [*ADE20K, *PHOTOSHAPES, *(path for path in TIMM if path.stem in ("dinov3_b_apt_512", "dinov2_b_linear_apt_512"))]
+
+
+@pytest.mark.parametrize("path", RUN, ids=names(RUN))
 def test_trains_and_slides_at_a_small_scale(path, data, tmp_path):
     cfg = small(path, data, tmp_path)
     is_multi_scale = cfg.model.type == "SegTTAModel"
