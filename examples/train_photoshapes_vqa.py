@@ -11,7 +11,7 @@ to look: from the word for a shape or a colour at the image tokens that show it.
 
 An interrupted run, started again, does not repeat the alignment if that was finished.
 
-example:
+examples:
   python examples/make_photoshapes.py data/photoshapes_big --train 8000 --val 400 --size 192 --min-diameter 0.2
   python examples/train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense
 """
