@@ -10,7 +10,6 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.eva import checkpoint_filter_fn
@@ -108,7 +107,9 @@ def read_file(path: str | Path, mmap: bool = False) -> object:
             return load_file(path)
         with torch.serialization.safe_globals(_harmless_globals()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
         raise ValueError(
             f"{path} cannot be read safely as weights ({_reason(error)}); "
             "save its state_dict with torch.save or safetensors and use that file"
@@ -128,10 +129,10 @@ def weights_of(content: object, path: str | Path) -> dict[str, Tensor]:
 
 def _reason(error: Exception) -> str:
     """What is wrong with a file, without torch's advice to execute it nevertheless."""
-    if match := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+    if match := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
         return f"it would execute {match[1]}"
     match = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return match[1] if match else str(error).splitlines()[0]
+    return match[1] if match else (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _harmless_globals() -> list[tuple[object, str]]:

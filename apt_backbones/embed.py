@@ -67,8 +67,8 @@ class AdaptivePatchEmbed(nn.Module):
             merged = self._resized(images, image, *at, proj, size)
             if self.has_detail:
                 merged = merged + self._detail(cells_BDHW, image, row, column, factor)
-            if positions is not None:
-                coarse = tuple(side // factor for side in positions_HWD.shape[:2])
+            coarse = () if positions is None else tuple(side // factor for side in positions_HWD.shape[:2])
+            if coarse and all(coarse):  # or else there are no patches of this size
                 covered = positions_HWD[: coarse[0] * factor, : coarse[1] * factor]
                 merged = merged + resample_positions(covered, coarse, antialias=True)[at]
             tokens_TD = tokens_TD.index_copy(0, index, merged.to(tokens_TD.dtype))

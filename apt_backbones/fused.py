@@ -17,6 +17,7 @@ class FusedLinears:
     def __init__(self):
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        self._layers: Sequence[nn.Linear] = ()
 
     def __reduce__(self):
         return FusedLinears, ()  # copies and pickles hold the layers' parameters, and fuse those at their first use
@@ -33,6 +34,17 @@ class FusedLinears:
         if not self._is_current(layers):
             self._fuse(layers)
         return self._weight, self._bias
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give the layers memory of their own until they are next fused. (Savers such as safetensors and accelerate
+        drop or refuse tensors that share memory.)"""
+        for layer in self._layers if self._weight is not None and self._is_current(self._layers) else ():
+            layer.weight.data = layer.weight.detach().clone()
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.detach().clone()
+        self._weight, self._bias, self._layers = None, None, ()
 
     def _is_current(self, layers: Sequence[nn.Linear]) -> bool:
         if self._weight is None or self._weight.dtype != layers[0].weight.dtype:
@@ -52,6 +64,7 @@ class FusedLinears:
     @torch.no_grad()
     def _fuse(self, layers: Sequence[nn.Linear]) -> None:
         sizes = [layer.out_features for layer in layers]
+        self._layers = layers
         self._weight = torch.cat([layer.weight.detach() for layer in layers])
         self._bias = self._weight.new_zeros(sum(sizes))
         for layer, weight, bias in zip(layers, self._weight.split(sizes), self._bias.split(sizes)):
@@ -66,13 +79,3 @@ class FusedLinears:
 
 def _is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-
-
-def own_memory(state_dict: dict, prefix: str = "") -> dict:
-    """Copy the weights in a state dict that share fused memory, because savers (accelerate, safetensors) take tensors
-    of one memory for copies of each other. Changes the dictionary and returns it."""
-    for name, tensor in state_dict.items():
-        is_copy = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)  # not keep_vars=True
-        if is_copy and name.startswith(prefix) and tensor.untyped_storage().nbytes() > tensor.nbytes > 0:
-            state_dict[name] = tensor.clone()
-    return state_dict

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from .attention import BACKENDS
 from .block import Call, FusedBlock, check_block, run_block
 from .embed import AdaptivePatchEmbed
-from .fused import own_memory
 from .layout import PatchLayout, Segments, check_window
 from .rotary import ROPE_POSITIONS
 from .scores import SCORERS, check_images
@@ -244,8 +243,11 @@ class AdaptiveTrunk(nn.Module):
             x_TD = x_TD.index_copy(0, at, prefix_PD.to(x_TD.dtype).repeat(layout.batch_size, 1))
         return x_TD
 
-    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, Tensor]:
-        return own_memory(super().state_dict(*args, prefix=prefix, **kwargs), prefix)
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        for block in self._fused:
+            block.qkv.release()
+            block.fc1.release()
+        return super().state_dict(*args, **kwargs)
 
     def _apply(self, *args, **kwargs) -> "AdaptiveTrunk":
         # The parameters move, so their fused memory would only linger.

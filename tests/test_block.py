@@ -4,7 +4,9 @@ import copy
 import io
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from apt_backbones import freeze_host
@@ -246,3 +248,37 @@ def test_blocks_compiled_for_a_gpu_equal_eager_ones():
             expected = model(images)[0].float()
             assert relative_error(fast(images)[0].float(), expected) < 0.02
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_savers_keep_every_weight_of_a_frozen_trunk_that_ran(tmp_path):
+    model, images = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS)), pictures(1, 128, 80)
+    names = set(model.state_dict())
+    expected = model(images)[0]
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    assert set(load_file(tmp_path / "model.safetensors")) == names
+    torch.testing.assert_close(model(images)[0], expected, atol=1e-6, rtol=0)
+    for tensor in model.state_dict().values():  # as some averages of weights are kept
+        tensor.zero_()
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_hooks_and_adapters_on_fused_layers_act():
+    model, images = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS)), pictures(1, 128, 80)
+    expected = model(images)[0]
+    seen = []
+    model.blocks[1].attn.k_proj.register_forward_hook(lambda *_: seen.append("k_proj"))
+    model.blocks[2].mlp.fc1_g.register_forward_hook(lambda module, inputs, output: 0 * output)
+    changed = model(images)[0]
+    assert seen == ["k_proj"] and not torch.allclose(changed, expected)
+
+
+def test_a_model_built_without_memory_equals_the_original():
+    """As accelerate and FSDP build models: on the meta device, then filled."""
+    model, images = tiny(thresholds=THRESHOLDS, **WINDOWS), pictures(2, 128, 96)
+    with torch.device("meta"):
+        empty = tiny(thresholds=THRESHOLDS, **WINDOWS)
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(filled(images)[0], model(images)[0])
+        assert filled.last_layout.num_patches == model.last_layout.num_patches

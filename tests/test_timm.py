@@ -91,6 +91,14 @@ def test_merges_each_image_for_itself(name):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
 
 
+@torch.no_grad()
+def test_images_may_be_smaller_than_the_largest_patch():
+    model = build("vit_tiny_patch16_224")
+    images = pictures(model, 1, 3, 2)
+    expected = model(images)
+    assert relative_error(adapt(model, {32: 0.0, 64: 9.0, 128: 9.0})(images), expected) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "name, reason",
     [

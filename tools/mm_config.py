@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configuration's scope
 
@@ -21,10 +23,19 @@ SOURCES = {
 }
 
 
+class Settings(DictAction):
+    """mmengine's key=value settings; one without a value is named."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if bad := [text for text in values if "=" not in text]:
+            parser.error(f"{option_string} takes key=value, not {' '.join(bad)}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (work_dirs/det/CONFIG, work_dirs/seg/...)")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, help='settings that replace the file\'s: key=value, key="[a,b]"'
+        "--cfg-options", nargs="+", action=Settings, help='settings that replace the file\'s: key=value, key="[a,b]"'
     )
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="job launcher")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
@@ -79,6 +90,21 @@ def merge_number_keys(settings: dict) -> None:
             merge_number_keys(value)
 
 
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a configuration.
+
+    Raises:
+        ValueError: the configuration does not fit the classes that it names, or would score a data set against the
+            annotations of another; the message says where.
+    """
+    for loader in ("val_dataloader", "test_dataloader"):
+        check_annotations(cfg, loader)
+    try:
+        return RUNNERS.build(cfg)
+    except (AttributeError, AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f"{cfg.filename}: {error}") from error
+
+
 def advice_for(root: str | Path) -> str:
     """Where the data set of a folder comes from."""
     return SOURCES.get(str(root).rstrip("/"), "put the data set there")
@@ -94,3 +120,19 @@ def check_data(cfg: Config, loaders: Iterable[str]) -> None:
                 f"(another place: --cfg-options {loader}.dataset.data_root=FOLDER, "
                 "and the evaluator's ann_file if it has one)"
             )
+
+
+def check_annotations(cfg: Config, loader: str) -> None:
+    """Raise ValueError if a data set would be scored against another's annotations."""
+    evaluators = cfg.get(loader.replace("_dataloader", "_evaluator")) or []
+    dataset = (cfg.get(loader) or {}).get("dataset", {})
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        scored = evaluator.get("ann_file")
+        if scored and dataset.get("ann_file"):
+            own = Path(dataset.get("data_root") or "", dataset["ann_file"])
+            if Path(scored) != own:
+                name = loader.replace("_dataloader", "_evaluator")
+                raise ValueError(
+                    f"{name}.ann_file is {scored}, the images are those of {own}; "
+                    f"add {name}.ann_file={own} to --cfg-options"
+                )

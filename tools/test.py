@@ -13,10 +13,9 @@ import argparse
 from pathlib import Path
 
 from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
 
 from tools.cli import parser_of, run
-from tools.mm_config import add_common_arguments, check_data, load_config
+from tools.mm_config import add_common_arguments, build_runner, check_data, load_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if "visualization" not in cfg.default_hooks:
             raise ValueError(f"--show-dir: {args.config} has no visualization hook; classifiers paint nothing")
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
-    runner = RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     runner.model.requires_grad_(False)  # frozen projections run as one product
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))

@@ -11,11 +11,11 @@ Adaptive configs short-fine-tune from the dense checkpoint that they name in loa
 import argparse
 from pathlib import Path
 
-from mmengine.registry import RUNNERS
-from mmengine.runner import find_latest_checkpoint
+import torch
 
 from tools.cli import parser_of, run
-from tools.mm_config import add_common_arguments, check_data, load_config
+from apt_backbones.mm.runner import latest_checkpoint
+from tools.mm_config import add_common_arguments, build_runner, check_data, load_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,22 +37,27 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     check_data(cfg, ["train_dataloader", "val_dataloader"])
+    if args.amp and not torch.cuda.is_available():
+        raise ValueError("--amp needs a GPU, and torch finds none")
     if args.amp:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    elif cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
+        cfg.optim_wrapper.type = "OptimWrapper"  # in full precision, as there is no GPU
+        cfg.optim_wrapper.pop("loss_scale", None)
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ValueError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set")
         cfg.auto_scale_lr.enable = True
     if args.resume == "auto":
         # Only a run that has begun is resumed: a fine-tune that has not starts from its load_from.
-        if find_latest_checkpoint(cfg.work_dir):
-            cfg.resume, cfg.load_from = True, None
+        if latest := latest_checkpoint(cfg.work_dir):
+            cfg.resume, cfg.load_from = True, latest
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
     if cfg.get("load_from") and not Path(cfg.load_from).is_file():
         raise FileNotFoundError(f"no checkpoint at {cfg.load_from}, from which {args.config} starts (load_from)")
-    RUNNERS.build(cfg).train()
+    build_runner(cfg).train()
 
 
 if __name__ == "__main__":

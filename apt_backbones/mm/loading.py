@@ -1,0 +1,25 @@
+"""mmengine's checkpoint loader, made safe: every way by which it reaches a file goes through ``read_file``.
+
+That includes ``init_cfg=dict(type="Pretrained")`` of any module, teachers, averaged weights, and the toolboxes' own
+scripts with configurations that import ``apt_backbones.mm``. mmengine itself executes what a checkpoint pickles.
+"""
+
+from mmengine.runner import CheckpointLoader
+
+from ..checkpoint import read_file, weights_of
+
+
+def load_safely(filename: str, map_location: object = None) -> dict:
+    """What a checkpoint holds, on the CPU, with its weights in ``state_dict``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_checkpoint``; or it is an address instead of a file.
+    """
+    if "://" in filename:
+        raise ValueError(f"{filename} is not a file; nothing is downloaded here: fetch it, and name the file")
+    content = read_file(filename)
+    has_weights = isinstance(content, dict) and ("state_dict" in content or "model" in content)
+    return content if has_weights else {"state_dict": weights_of(content, filename)}
+
+
+CheckpointLoader.register_scheme(prefixes=list(CheckpointLoader._schemes), loader=load_safely, force=True)
