@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
+from apt_backbones.mm.data import BadData
 from examples.make_photoshapes import make_photoshapes
 from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 
@@ -118,6 +120,39 @@ def test_a_plain_vitdet_checkpoint_is_refused(photoshapes, tmp_path):
         runner("dense", photoshapes, tmp_path, load_from=str(tmp_path / "vitdet.pth")).test()
 
 
+def test_training_skips_a_truncated_image_and_a_test_names_it(trained, photoshapes, tmp_path):
+    checkpoint, _ = trained
+    data = tmp_path / "data"
+    shutil.copytree(photoshapes, data)
+    for split, index in (("training", "000003"), ("validation", "000002")):
+        image = data / f"images/{split}/{index}.jpg"
+        image.write_bytes(image.read_bytes()[:500])
+    settings = {"train_cfg.val_interval": 9, "train_cfg.max_iters": 3, "val_cfg": None, "val_dataloader": None}
+    run = runner("apt", data, tmp_path / "run", load_from=str(checkpoint), **settings, val_evaluator=None)
+    run.train()
+    (line,) = (tmp_path / "run/bad_images.txt").read_text().splitlines()
+    assert "images/training/000003.jpg" in line
+    with pytest.raises(BadData, match=r"images/validation/000002\.jpg"):
+        runner("apt", data, tmp_path / "test", load_from=str(checkpoint)).test()
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(trained, photoshapes, tmp_path):
+    """mmdet's region sampler and augmentation are random."""
+    checkpoint, _ = trained
+    settings = {"train_cfg.max_iters": 4, "train_cfg.val_interval": 9, "randomness.seed": 3}
+    settings |= {"val_cfg": None, "val_dataloader": None, "val_evaluator": None}
+    for name, stop in (("whole", 4), ("resumed", 2), ("resumed", 4)):
+        work_dir, settings["train_cfg.max_iters"] = tmp_path / name, stop
+        start = {"load_from": str(checkpoint)}
+        if (work_dir / "iter_2.pth").is_file():
+            start = {"load_from": str(work_dir / "iter_2.pth"), "resume": True}
+        runner("apt", photoshapes, work_dir, **settings, **start, param_scheduler=[]).train()
+    whole, resumed = (read_checkpoint(tmp_path / name / "iter_4.pth") for name in ("whole", "resumed"))
+    assert whole["backbone.adaptive_embed.zero_mlp.weight"].any()
+    for name, tensor in whole.items():
+        assert tensor.equal(resumed[name]), name
+
+
 @pytest.mark.parametrize("missing", ["annotations/instances_training.json", "images"])
 def test_missing_data_is_named(missing, photoshapes, tmp_path):
     data = tmp_path / "data"
@@ -127,7 +162,7 @@ def test_missing_data_is_named(missing, photoshapes, tmp_path):
             (data / name).symlink_to(photoshapes / name)
     if missing.endswith("json"):
         (data / "annotations").unlink()
-    with pytest.raises(FileNotFoundError, match=missing.split("/")[0]):
+    with pytest.raises((FileNotFoundError, BadData), match=missing.split("/")[0]):
         runner("dense", data, tmp_path / "work").train()
 
 

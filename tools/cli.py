@@ -1,8 +1,12 @@
 """What the command line tools share: help made of their docstrings, and mistakes that end in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+
+# What OpenCV decodes at most, as PIL does (a few bytes can claim to be a gigapixel); read when cv2 is imported.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

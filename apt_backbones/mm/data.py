@@ -21,6 +21,7 @@ class BadData(ValueError):
 @DATASETS.register_module()
 class GuardedDataset(Dataset):
     """A data set whose damaged items are replaced by the next good one, counted and listed, or end the run by name.
+    Missing files always end it.
 
     With a ``PositionSampler``, the random state is set before each item is loaded, by the seed, the process and the
     item's position in the run: what augmentation draws depends neither on the number of workers nor on interruptions.
@@ -54,6 +55,8 @@ class GuardedDataset(Dataset):
             item = other % len(self.dataset)
             try:
                 return self.dataset[item]
+            except FileNotFoundError as error:  # the data set is not complete: no damage to live with
+                raise BadData(f"no such file: {error.filename or error}") from error
             except Exception as error:
                 self._note(f"{self.name_of(item)}: {' '.join(str(error).split()) or type(error).__name__}")
         raise BadData(f"no image can be read, see {self.report}")
