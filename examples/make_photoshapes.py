@@ -20,10 +20,13 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -375,12 +378,39 @@ def for_each(items, function, workers, title):
     bar = functools.partial(track, description=title, total=len(items), console=Console(stderr=True))
     if workers == 1:
         return list(bar(map(function, items)))
-    # Ctrl-C is the parent's to handle.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), follow, (os.getpid(),))
     try:
-        return list(bar(pool.map(function, items)))
+        # An interrupt while items are handed out would leave the pool's locks closed.
+        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        results = pool.map(function, items)
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+        return list(bar(results))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def follow(parent):
+    """In a worker: leave Ctrl-C to the parent, and end with it, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def remove_abandoned(destination):
+    """Remove what runs for the same folder left that were killed."""
+    for folder in destination.parent.glob(f".{destination.name}-*"):
+        process = folder.name.removeprefix(f".{destination.name}-").partition("-")[0]
+        try:
+            os.kill(int(process), 0)
+        except ValueError:
+            continue  # not ours
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN_DIAMETER, seed=0, workers=1):
@@ -416,7 +446,9 @@ def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN
 
     made = {}
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
+    remove_abandoned(destination)
+    prefix = f".{destination.name}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
         folder = Path(scratch) / "photoshapes"
         for split, count in zip(SPLITS, (train, val)):
             for kind in ("images", "annotations"):

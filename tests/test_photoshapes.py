@@ -289,7 +289,7 @@ def heed_interrupts():
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path, stop):
-    arguments = ["set", "--train", "100000", "--workers", "2"]
+    arguments = ["set", "--train", "3000", "--workers", "2"]
     options = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     with subprocess.Popen([sys.executable, SCRIPT, *arguments], **options) as run:
         while not list(tmp_path.rglob("*.jpg")):
@@ -300,6 +300,24 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, stop):
     assert run.returncode == 1
     assert message.endswith("interrupted; nothing is left in set\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_processes_and_the_next_one_removes_its_files(tmp_path):
+    arguments = ["set", "--train", "3000", "--workers", "2"]
+    with subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL) as run:
+        while not list(tmp_path.rglob("*.jpg")):
+            assert run.poll() is None
+            time.sleep(0.05)
+        tasks = Path(f"/proc/{run.pid}/task").glob("*/children")
+        children = [child for task in tasks for child in task.read_text().split()]
+        run.kill()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}/exe").exists() for child in children):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.1)
+    assert list(tmp_path.iterdir())
+    photoshapes.make_photoshapes(tmp_path / "set", train=1, val=1, size=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_a_failing_run_leaves_nothing(tmp_path, monkeypatch):
