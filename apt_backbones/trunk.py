@@ -125,6 +125,11 @@ class AdaptiveTrunk(nn.Module):
         check_choice("scorer", scorer, SCORERS)
         check_choice("padding", padding, PADDING_MODES)
         check_choice("rope_position", rope_position, ROPE_POSITIONS)
+        if padding == "drop" and all(float(value).is_integer() for value in pixel_mean):
+            raise ValueError(
+                f'padding="drop" takes exact zeros for padding, and with pixel_mean {tuple(pixel_mean)} content can be '
+                'zero, too; use padding="coarsest"'
+            )
         if attention_backend is not None:
             check_choice("attention_backend", attention_backend, BACKENDS)
         check_window(window_size or None, max((self.patch_size, *thresholds)), self.patch_size)
@@ -185,6 +190,11 @@ class AdaptiveTrunk(nn.Module):
             until: index of the last block to run.
         """
         check_images(images)
+        if self.thresholds and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            raise RuntimeError(
+                "adaptive trunks cannot be traced or exported: how many tokens there are depends on the image; export "
+                "the dense network (thresholds=None), or use compile_blocks()"
+            )
         images = self._pad(images)
         layout = self.last_layout = self.layout(images)
         x_TD = self.before_blocks(self._embed(images.to(self.projection().weight.dtype), layout))

@@ -199,7 +199,9 @@ def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, messag
 
 
 def test_configurations_that_are_not_there_are_named(monkeypatch):
-    with pytest.raises(SystemExit, match=r"error: no configuration at nowhere.py; see det_configs/ and seg_configs/"):
+    with pytest.raises(
+        SystemExit, match=r"error: no configuration at nowhere.py; see det_configs/, seg_configs/ and cls_configs/"
+    ):
         run_script(monkeypatch, TOOL, "nowhere.py")
 
 

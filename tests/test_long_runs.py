@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModule
 from mmengine.registry import DATASETS, HOOKS, MODELS, RUNNERS
 from mmengine.runner import load_checkpoint
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -192,6 +192,12 @@ def test_weights_alone_are_no_run_to_resume(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- damaged images
+
+
+@pytest.fixture(autouse=True)
+def _truncated_images_are_errors(monkeypatch):
+    """PIL's default, which some packages change for the whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def damage(folder):

@@ -1,4 +1,4 @@
-"""The cheap UPerHead computes what mmseg's computes, with less arithmetic, and never from stale weights."""
+"""The fast UPerHead computes what mmseg's computes, with less arithmetic, and never from stale weights."""
 
 from pathlib import Path
 
@@ -47,8 +47,8 @@ def pyramid(height, width, batch=1, **kwargs):
 
 
 @pytest.fixture
-def cheap_calls(monkeypatch):
-    """How often the cheap computation ran."""
+def fast_calls(monkeypatch):
+    """How often the fast computation ran."""
     calls = []
 
     def counted(*args):
@@ -74,21 +74,21 @@ def cheap_calls(monkeypatch):
 )
 def test_head_equals_mmsegs(height, width, batch, align_corners, norm_cfg, act_cfg):
     options = dict(align_corners=align_corners, norm_cfg=norm_cfg, act_cfg=act_cfg)
-    cheap, reference = head(**options), head("UPerHead", **options)
+    fast, reference = head(**options), head("UPerHead", **options)
     assert type(reference) is UPerHead
-    reference.load_state_dict(cheap.state_dict())  # the same names: official checkpoints load as before
+    reference.load_state_dict(fast.state_dict())  # the same names: official checkpoints load as before
     inputs = pyramid(height, width, batch)
     with torch.no_grad():
-        assert relative_error(cheap(inputs), reference(inputs)) < 1e-4
+        assert relative_error(fast(inputs), reference(inputs)) < 1e-4
 
 
 def test_head_at_odd_sizes_reads_the_maps_that_are_selected():
     inputs = [torch.randn(1, 99, 2, 2), *pyramid(127, 95)]
-    cheap, reference = head(), head("UPerHead")
-    for model in (cheap, reference):
+    fast, reference = head(), head("UPerHead")
+    for model in (fast, reference):
         model.in_index = [1, 2, 3, 4]
     with torch.no_grad():
-        assert relative_error(cheap(inputs), reference(inputs)) < 1e-4
+        assert relative_error(fast(inputs), reference(inputs)) < 1e-4
 
 
 @pytest.mark.gpu
@@ -103,13 +103,13 @@ def test_head_on_a_gpu_equals_mmsegs(monkeypatch):
 
 @pytest.mark.parametrize(
     "inference, gradients, training, expected",
-    [("cheap", False, False, 1), ("plain", False, False, 0), ("cheap", True, False, 0), ("cheap", False, True, 0)],
+    [("fast", False, False, 1), ("reference", False, False, 0), ("fast", True, False, 0), ("fast", False, True, 0)],
 )
-def test_which_computation_runs(cheap_calls, inference, gradients, training, expected):
+def test_which_computation_runs(fast_calls, inference, gradients, training, expected):
     model = head(inference=inference).train(training)
     with torch.set_grad_enabled(gradients):
         model(pyramid(16, 16, batch=2))
-    assert len(cheap_calls) == expected
+    assert len(fast_calls) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])  # the short fine-tune leaves heads in eval mode
@@ -148,31 +148,34 @@ def test_weights_are_never_stale(change):
     change(model)
     with torch.no_grad():
         after = model(inputs)
-        model.inference = "plain"
+        model.inference = "reference"
         assert relative_error(after, model(inputs)) < 1e-4
     assert relative_error(after, before) > 1e-2
     with torch.no_grad():
-        model.inference = "cheap"
+        model.inference = "fast"
         assert relative_error(model.double()([x.double() for x in inputs]), after.double()) < 1e-4
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="inference is 'fast'; choose 'cheap' or 'plain'"):
-        head(inference="fast")
+    with pytest.raises(ValueError, match="inference is 'quick'; choose 'fast' or 'reference'"):
+        head(inference="quick")
     adaptive = dict(type="Conv2dAdaptivePadding")
-    with pytest.raises(ValueError, match=r"no ordinary convolution; set decode_head.inference='plain'"):
+    with pytest.raises(ValueError, match=r"not an ordinary convolution; set decode_head.inference='reference'"):
         head(conv_cfg=adaptive)
-    head(conv_cfg=adaptive, inference="plain")
+    head(conv_cfg=adaptive, inference="reference")
 
 
 # ------------------------------------------------------------------------------------------- the models
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_has_the_cheap_head_and_its_module(path):
+UPERNETS = [path for path in sorted(CONFIGS.glob("*.py")) if "linear" not in path.stem]
+
+
+@pytest.mark.parametrize("path", UPERNETS, ids=lambda path: path.stem)
+def test_every_config_has_the_fast_head_and_its_module(path):
     cfg = Config.fromfile(path, import_custom_modules=False)
     model = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
-    assert model.decode_head.type == "FastUPerHead" and model.decode_head.inference == "cheap"
+    assert model.decode_head.type == "FastUPerHead" and model.decode_head.inference == "fast"
     assert upernet.__name__ in cfg.custom_imports.imports
 
 
@@ -182,11 +185,11 @@ def test_the_large_head_at_512_pixels_has_half_the_arithmetic():
     cfg = Config.fromfile(CONFIGS / "eva02_l_dense_512.py", import_custom_modules=False).model.decode_head
     init_default_scope("mmseg")
     whole = {}
-    for inference in ("cheap", "plain"):
+    for inference in ("fast", "reference"):
         with torch.device("meta"):
             model = MODELS.build({**cfg, "inference": inference, "norm_cfg": dict(type="BN")}).eval()
         whole[inference] = flops(lambda model=model: model(maps))
-    assert whole["cheap"] < 0.55 * whole["plain"]
+    assert whole["fast"] < 0.55 * whole["reference"]
 
 
 @pytest.mark.filterwarnings("ignore:For binary segmentation")
@@ -197,11 +200,11 @@ def test_shipped_model_gives_the_same_logits_and_labels():
     logits = {}
     images = F.interpolate(torch.randn(2, 3, 11, 13), (101, 120), mode="bicubic")
     metas = [dict(ori_shape=(101, 120), img_shape=(101, 120))] * 2
-    for inference in ("cheap", "plain"):
+    for inference in ("fast", "reference"):
         cfg.model.decode_head.inference = inference
         model = MODELS.build(cfg.model).eval()
         load_converted(model, read_checkpoint(CONFIGS / "checkpoints" / "eva02_tiny_dense_photoshapes.safetensors"))
         with torch.no_grad():
             logits[inference] = model.slide_inference(images, metas)
-    assert relative_error(logits["cheap"], logits["plain"]) < 1e-4
-    assert (logits["cheap"].argmax(1) == logits["plain"].argmax(1)).float().mean() > 0.9999
+    assert relative_error(logits["fast"], logits["reference"]) < 1e-4
+    assert (logits["fast"].argmax(1) == logits["reference"].argmax(1)).float().mean() > 0.9999

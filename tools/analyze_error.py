@@ -13,6 +13,7 @@ patches; padding is left out. A segmenter that slides is compared crop by crop. 
 """
 
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -107,8 +108,14 @@ def main() -> None:
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = {}
     for path in track(paths, "comparing", console=Console(stderr=True), transient=True, disable=len(paths) == 1):
-        picture, rows[path] = analyze(model, read_rgb(path))
+        try:
+            picture, rows[path] = analyze(model, read_rgb(path))
+        except (OSError, ValueError) as error:
+            print(f"left out {path}: {error}", file=sys.stderr)
+            continue
         picture.save(args.out_dir / f"{path.stem}_error.png")
+    if not rows:
+        raise ValueError("no image could be compared")
     table = Table("image", *next(iter(rows.values())), title=f"relative feature error; pictures in {args.out_dir}")
     for path, errors in rows.items():
         table.add_row(path.name, f"{errors['kept']:.1%}", *(f"{value:.4f}" for value in list(errors.values())[1:]))

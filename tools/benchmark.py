@@ -68,6 +68,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and every single time here")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="speeds; for several --img-sizes how cost grows")
     args = parser.parse_args()
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU and driver")
     if bool(args.configs) == args.scorers:
         parser.error("name configurations, or none with --scorers")
     if args.blocks and args.whole:
@@ -83,8 +85,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def _aspect(text: str) -> float:
-    width, height = map(float, text.split(":"))
-    return width / height
+    try:
+        width, height = map(float, text.split(":"))
+        if width > 0 and height > 0:
+            return width / height
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not width:height, such as 4:3")
 
 
 def measure_model(config: str | None, side: int | None, args: argparse.Namespace, console: Console) -> list[dict]:

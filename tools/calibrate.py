@@ -197,13 +197,14 @@ def main() -> None:
         splits = try_splits(model, compared, score_maps, args.keep, ratios)
         Console().print(table_of(splits, ratios))
         thresholds = min(splits, key=lambda split: split.error).thresholds
-    if args.plot:
-        plot(args.plot, score_maps, thresholds, args.keep, settings.scorer)
     shares = kept_shares(score_maps, thresholds, settings.patch_size)
     share = mean_share(score_maps, thresholds, settings.patch_size)
     spread = ", ".join(f"{name} {shares.quantile(level):.1%}" for name, level in QUANTILES.items())
     print(f"{len(paths)} images keep {share:.1%} of their tokens (per image: {spread})")
     print(f"thresholds={thresholds}")
+    if args.plot:  # last, so that a mistake in its name does not lose what was found
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot(args.plot, score_maps, thresholds, args.keep, settings.scorer)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def load_config(args: argparse.Namespace) -> Config:
         FileNotFoundError: there is no such file.
         ValueError: it is not an mmdetection or mmsegmentation configuration.
     """
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.launcher != "none":
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:

@@ -35,6 +35,7 @@ from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 from tools.video import VIDEO_SUFFIXES, is_video, read_frames, write_video
 
 IMAGE_PANEL, VIDEO_PANEL = 1000, 640  # pixels near which the longer side of a drawn picture lies, if it is small
+MAX_SIDE = 8192  # pixels to which images are enlarged at most
 VIDEO_WIDTH = 1920  # pixels that a frame of an output video has at most
 
 console = Console(stderr=True)
@@ -154,6 +155,8 @@ def main() -> None:
     for name, least in (("resize", 1), ("patch_size", 2)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    if args.resize and args.resize > MAX_SIDE:
+        raise ValueError(f"--resize {args.resize} would take gigabytes; use at most {MAX_SIDE}")
     paths = find_images(args.paths, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     warnings.simplefilter("ignore")  # of the toolboxes, about what this tool leaves out
     sheets = Sheets(args)

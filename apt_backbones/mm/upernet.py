@@ -19,24 +19,27 @@ class FastUPerHead(UPerHead):
       of resizing and concatenating them first. The logits are those of ``UPerHead`` up to rounding.
 
     Args:
-        inference: "cheap" as above, "plain" for mmseg's own computation everywhere. Training is always plain.
+        inference: "fast" as above, "reference" for mmseg's own computation everywhere, as it is in training.
         Others are mmseg's.
 
     Raises:
-        ValueError: another ``inference``, or "cheap" with a ``conv_cfg`` that is no ordinary convolution.
+        ValueError: another ``inference``, or "fast" with a ``conv_cfg`` that is not an ordinary convolution.
     """
 
-    def __init__(self, *args, inference: Literal["cheap", "plain"] = "cheap", **kwargs):
+    def __init__(self, *args, inference: Literal["fast", "reference"] = "fast", **kwargs):
         super().__init__(*args, **kwargs)
-        if inference not in ("cheap", "plain"):
-            raise ValueError(f"decode_head.inference is {inference!r}; choose 'cheap' or 'plain'")
-        if inference == "cheap" and type(self.fpn_bottleneck.conv) is not torch.nn.Conv2d:
-            raise ValueError("decode_head.conv_cfg is no ordinary convolution; set decode_head.inference='plain'")
+        inference = {"cheap": "fast", "plain": "reference"}.get(inference, inference)  # configurations of version 0.1
+        if inference not in ("fast", "reference"):
+            raise ValueError(f"decode_head.inference is {inference!r}; choose 'fast' or 'reference'")
+        if inference == "fast" and type(self.fpn_bottleneck.conv) is not torch.nn.Conv2d:
+            raise ValueError(
+                "decode_head.conv_cfg is not an ordinary convolution; set decode_head.inference='reference'"
+            )
         self.inference = inference
 
     def _forward_feature(self, inputs: list[Tensor]) -> Tensor:
         """The map (B, channels, H, W) that is classified, of maps from fine to coarse."""
-        if self.inference == "plain" or self.training or torch.is_grad_enabled():
+        if self.inference == "reference" or self.training or torch.is_grad_enabled():
             return super()._forward_feature(inputs)
         inputs = self._transform_inputs(inputs)
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]

@@ -28,7 +28,7 @@ model = dict(
     neck=dict(type="Feature2Pyramid", embed_dim=1024, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
     decode_head=dict(
         type="FastUPerHead",
-        inference="cheap",
+        inference="fast",
         in_channels=[1024, 1024, 1024, 1024],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
