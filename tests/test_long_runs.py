@@ -66,11 +66,11 @@ def config(tmp_path):
     data = photographs(tmp_path / "data")
     photographs(tmp_path / "validation", number=2)
 
-    def write(workers=0, iterations=12, rate=1e-3, interrupt=0):
+    def write(workers=0, iterations=12, rate=1e-3, interrupt=0, more=""):
         path = tmp_path / "config.py"
         hooks = [dict(type="Interrupt", after=interrupt)] if interrupt else []
         text = CONFIG.format(root=ROOT, data=data, workers=workers, iterations=iterations, rate=rate, hooks=hooks)
-        path.write_text(text)
+        path.write_text(text + more)
         return str(path)
 
     return write
@@ -189,6 +189,37 @@ def test_weights_alone_are_no_run_to_resume(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"weights only.*load_from"):
         resumable(tmp_path / "weights.safetensors")
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+PLAIN_STEP = """
+model.update(drop_path_rate=0.0, mixup=None, thresholds={{32: 5.9, 64: 5.9}})
+train_dataloader["batch_size"] = {batch_size}
+train_dataloader["dataset"]["transform"] = dict(no_aug=True)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="SGD", lr=0.1))
+randomness = dict(seed=3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_as_one_with_all_their_images(config, tmp_path, processes):
+    """One step on eight images, half of them noise, in which nothing merges."""
+    for index in range(8):
+        Image.new("RGB", (48, 40), (20 * index, 0, 99)).save(tmp_path / f"data/cold/{index}.jpg")
+    results = {}
+    for number in (1, processes):
+        path, work_dir = config(iterations=1, more=PLAIN_STEP.format(batch_size=8 // number)), tmp_path / f"run{number}"
+        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+        program += [str(ROOT / "tools/train.py"), path, "--launcher", "pytorch", "--work-dir", str(work_dir)]
+        done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results[number] = weights(work_dir)
+    assert results[1]["trunk.adaptive_embed.zero_mlp.weight"].any()
+    for name, tensor in results[1].items():
+        torch.testing.assert_close(results[processes][name], tensor, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------- damaged images

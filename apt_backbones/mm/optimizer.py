@@ -42,7 +42,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for layer, decays in sorted(groups, reverse=True):
             group = groups[layer, decays]
             group["lr"] = self.base_lr * self.paramwise_cfg["decay_rate"] ** (num_layers + 1 - layer)
-            group["weight_decay"] = self.base_wd if decays else 0.0
+            group["weight_decay"] = (self.base_wd or 0.0) if decays else 0.0
             params.append(group)
 
 
