@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,16 +100,15 @@ def make_trainable(model: LlavaAptForConditionalGeneration, train: str) -> nn.Mo
 def train_despite_eval_mode(model: nn.Module) -> nn.Module:
     """Frozen layers are kept in eval mode. Mark as training what has to act nevertheless: LoRA's dropout, and the
     layers (nothing within them) that transformers' activation checkpointing recomputes in training mode only."""
-    set_mode = model.train
+    model.train = partial(_train, model, model.train)  # unlike a closure, copies and pickles follow the model
+    return model
 
-    def train(mode: bool = True) -> nn.Module:
-        set_mode(mode)
-        for name, module in model.named_modules():
-            if isinstance(module, GradientCheckpointingLayer) or "lora_dropout" in name:
-                module.training = mode
-        return model
 
-    model.train = train
+def _train(model: nn.Module, set_mode: Callable[[bool], nn.Module], mode: bool = True) -> nn.Module:
+    set_mode(mode)
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) or "lora_dropout" in name:
+            module.training = mode
     return model
 
 

@@ -1,7 +1,9 @@
 """The short fine-tune, run as a user runs it, on a tiny random LLaVA: what changes, what is logged, what resumes."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -147,6 +149,18 @@ def test_activation_checkpointing_reaches_the_frozen_layers(task):
     assert not any(child.training for layer in layers for child in layer.children())
     model.eval()
     assert not any(module.training for module in model.modules())
+
+
+def test_copies_of_a_model_in_training_are_models_of_their_own(task):
+    for train in ("new", "projector", "lora"):
+        model = LlavaAptForConditionalGeneration.from_pretrained(task / "model", thresholds={28: 2})
+        model = make_trainable(model, train).train()
+        modes = [module.training for module in model.modules()]
+        assert any(modes) and not all(modes)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert copied.eval() is copied and not any(module.training for module in copied.modules())
+            assert [module.training for module in model.modules()] == modes
+            assert copied.train() is copied and [module.training for module in copied.modules()] == modes
 
 
 def test_defaults_are_the_papers():
