@@ -9,6 +9,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from apt_backbones.selection import undo_normalization
 
+from .configuration import refuse_misspelt
 from .patches import check_modes, patch_sides, resolve_thresholds
 
 MAX_ASPECT_RATIO = 50  # the longer side after resizing the shorter one, before the crop, in units of the shorter
@@ -38,6 +39,11 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
     thresholds = None
     scorer = "entropy"
     merge = "apt"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        refuse_misspelt(kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def process_image(self, image, **kwargs) -> Tensor:
         if isinstance(image, Image.Image):

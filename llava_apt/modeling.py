@@ -9,7 +9,7 @@ from transformers.utils.output_capturing import select_hidden_states
 from apt_backbones import PatchLayout
 from apt_backbones.freeze import is_new
 
-from .configuration import LlavaAptConfig
+from .configuration import LlavaAptConfig, refuse_misspelt
 from .tower import AptClipVisionModel, PackedVisionOutput
 
 
@@ -145,8 +145,9 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
 
         Raises:
             ValueError: the checkpoint lacks tensors other than all of APT's new layers, or is no LLaVA-1.5; or the
-                device map offloads the vision tower.
+                device map offloads the vision tower; or an option looks like a misspelt one.
         """
+        refuse_misspelt(kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = set(info["missing_keys"])
         new_layers = {name for name, _ in model.named_parameters() if is_new(name)}
