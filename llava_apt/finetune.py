@@ -166,7 +166,12 @@ def parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, default=2048, metavar="TOKENS", help="longer conversations are cut (%(default)s)")
     add("--crop", action="store_true", help="crop images as the checkpoint says instead of LLaVA's square padding")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
-    add("--strict", action="store_true", help="stop at bad records instead of leaving them out")
+    bad = parser.add_mutually_exclusive_group()
+    allowed = "stop at more than N bad records instead of leaving all out; each process counts its unreadable images"
+    bad.add_argument("--max-bad", type=int, metavar="N", help=allowed)
+    bad.add_argument("--strict", dest="max_bad", action="store_const", const=0, help="stop at the first bad record")
+    outside = "read images outside of --image-folder, too, which paths and links in the data may lead to"
+    add("--allow-outside-images", action="store_true", help=outside)
     return parser
 
 
@@ -210,12 +215,14 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     crop = {} if args.crop else {"do_pad": True}
     records = subset(read_records(args.data), args.fraction)
     processor = LlavaAptProcessor.from_pretrained(args.model, **options, **crop)
-    dataset = LlavaDataset(records, args.image_folder, processor, args.max_length)
+    dataset = LlavaDataset(
+        records, args.image_folder, processor, args.max_length, args.max_bad, args.allow_outside_images
+    )
     is_main = training.process_index == 0
     if is_main:
         report_bad(dataset, dataset.unreadable, Path(args.output_dir))
-    if args.strict and dataset.bad:
-        raise ValueError(f"{len(dataset.bad)} bad records, the first {dataset.bad[0].id}: {dataset.bad[0].reason}")
+    if dataset.bad:
+        dataset.refuse_too_many_bad(dataset.bad[0])
     set_seed(training.seed)  # ConvDown starts at random
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = LlavaAptForConditionalGeneration.from_pretrained(args.model, dtype=dtype, **options)

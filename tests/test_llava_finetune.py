@@ -104,7 +104,7 @@ def test_bad_records_are_reported_and_abort_only_when_asked(task, finished, tmp_
         ("lost", "missing"),
         ("mute", "roles"),
     ]
-    with pytest.raises(ValueError, match="2 bad records, the first lost: missing image"):
+    with pytest.raises(ValueError, match="2 bad records, 0 are allowed; lost: missing image"):
         run(task, tmp_path, "--strict")
 
 
