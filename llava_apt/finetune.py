@@ -43,6 +43,7 @@ from .run_folder import (
 
 logger = logging.getLogger(__name__)
 
+LESS = "use a smaller --learning-rate"
 LORA = dict(r=128, lora_alpha=256, lora_dropout=0.05)  # LLaVA's own
 REPORTED_IDS = 10
 UNREADABLE_FILE = "unreadable.json"  # in a checkpoint: which conversations' images could not be read so far
@@ -70,8 +71,8 @@ DECISIVE = (
 
 
 class LlavaTrainer(Trainer):
-    """``Trainer``; what changes: LLaVA's modality-grouped order; the number of tokens per image in the log; and
-    checkpoints that hold only what trains, get their names when they are whole, and are
+    """``Trainer``; what changes: LLaVA's modality-grouped order; the number of tokens per image in the log; an end to
+    a run that diverges; and checkpoints that hold only what trains, get their names when they are whole, and are
     refused if they no longer are. (``Trainer`` writes whole models under the hub's names and resumes by the module's,
     so that it would resume LLaVA with its initial weights.)"""
 
@@ -93,12 +94,24 @@ class LlavaTrainer(Trainer):
             self._image_tokens += torch.tensor([tokens, len(sides)])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {float(loss)} after step {self.state.global_step}; {LESS}")
+        return loss
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             counts = self.accelerator.reduce(self._image_tokens.float().to(self.args.device))
             logs["tokens_per_image"] = round(float(counts[0] / counts[1].clamp(min=1)), 1)
             self._image_tokens.zero_()
         super().log(logs, *args, **kwargs)
+
+    def refuse_divergence(self) -> None:
+        """Raise FloatingPointError if what was trained is no longer finite."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite after step {self.state.global_step}; {LESS}")
 
     def unreadable(self) -> Tensor:
         """Which conversations' images could not be read by any process; all processes have to ask."""
@@ -108,6 +121,7 @@ class LlavaTrainer(Trainer):
         return os.path.join(super()._get_output_dir(trial), UNFINISHED)
 
     def _save_checkpoint(self, model, trial):
+        self.refuse_divergence()
         folder, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unreadable = self.unreadable().nonzero().flatten().tolist()
         with saving(name, folder):
@@ -342,6 +356,7 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
             with suppress(OSError):  # the disk may be full
                 report_bad(dataset, dataset.unreadable, output_dir)
         raise
+    trainer.refuse_divergence()
     unreadable = trainer.unreadable()
     if is_main:
         report_bad(dataset, unreadable, output_dir)
@@ -360,7 +375,7 @@ def main() -> None:
     args, extra = parser().parse_known_args()
     try:
         finetune(args, extra)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         message = str(error)
         if "Original Traceback" in message:  # a loader's worker process hands on all that it knows
             message = message.strip().splitlines()[-1]
