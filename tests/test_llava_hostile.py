@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -290,25 +288,3 @@ def test_a_run_that_diverges_ends_with_an_error_and_saves_nothing_that_is_not_fi
     assert not (tmp_path / "apt_new_layers.safetensors").exists()
     for path in tmp_path.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
-
-
-# ---------------------------------------------------------------------------------------- messages
-
-
-def test_the_command_line_says_it_in_one_line(task, begun, tmp_path):
-    """From the loader's worker process, too, which hands on its traceback."""
-    (begun / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
-    (task / "bad.png").write_bytes(b"")
-    broken = json.loads((task / "data.json").read_text())[0] | {"image": "bad.png"}
-    (tmp_path / "broken.json").write_text(json.dumps([broken, {**broken, "id": "second"}]))
-    in_worker = ["--data", tmp_path / "broken.json", "--dataloader_num_workers", 1, "--strict"]
-    commands = [finetune_options(task, begun, "--resume"), finetune_options(task, tmp_path / "new", *in_worker)]
-    code = "import sys\nfrom llava_apt import finetune\nfor sys.argv[1:] in {!r}:\n try: finetune.main()\n"
-    code = code.format(commands) + " except SystemExit as error: print('EXIT', error)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("EXIT")]
-    assert len(lines) == 2 and "Traceback" not in result.stderr, result.stderr
-    assert "error: " in lines[0] and "optimizer.pt has 0 instead of" in lines[0]
-    assert "1 bad records, 0 are allowed; " in lines[1] and "bad.png: cannot identify image file" in lines[1]
-    report = json.loads((tmp_path / "new" / "bad_records.json").read_text())
-    assert report["left_out"][0]["reason"] == "unreadable image"

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -98,11 +99,11 @@ def uninterrupted(task, tmp_path_factory):
 
 
 def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(task, uninterrupted, tmp_path):
-    """Killed at writes here and there, twelve times in a row; each time the last checkpoint is a whole one."""
+    """Killed at writes here and there, up to eight times in a row; each time the last checkpoint is a whole one."""
     output = tmp_path / "run"
     places = random.Random(0)
     kills, steps = 0, []
-    while kills < 12:
+    while kills < 8:
         process = start(task, output, "--save_steps", "1", "--resume", dies_at_write=places.randint(1, 14))
         code = end(process)
         if code == 0:
@@ -122,7 +123,7 @@ def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(task, u
 def test_a_run_that_is_killed_at_any_time_ends_as_if_it_had_not_been(task, uninterrupted, tmp_path):
     output = tmp_path / "run"
     moments = random.Random(1)
-    for _ in range(4):
+    for _ in range(3):
         process = start(task, output, "--save_steps", "1", "--resume")
         process.join(moments.uniform(0.1, 2.0))
         process.kill()
@@ -165,6 +166,32 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(tas
         assert all(path.read_bytes() == content for path, content in before.items())
     run(task, output, "--save_steps", "1", "--resume")
     assert_same_result(output, uninterrupted)
+
+
+# ---------------------------------------------------------------------------------------- messages
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(task, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    (output / "checkpoint-7" / "optimizer.pt").write_bytes(b"")
+    process = start(task, output, "--save_steps", "1", "--resume")
+    assert end(process) == 1 and "Traceback" not in process.log.read_text()
+    last_line = process.log.read_text().strip().splitlines()[-1]
+    assert last_line.startswith("llava_apt.finetune: error: ") and "optimizer.pt has 0 instead of" in last_line
+
+
+def test_what_a_loaders_process_finds_out_is_one_line_too(task, tmp_path):
+    """Such a process hands on its traceback."""
+    (tmp_path / "bad.png").write_bytes(b"")
+    (tmp_path / "data.json").write_text(json.dumps([record(0, "bad.png", words=1)]))
+    more = ["--data", tmp_path / "data.json", "--image-folder", tmp_path, "--dataloader_num_workers", "1", "--strict"]
+    process = start(task, tmp_path / "run", *more)
+    assert end(process) == 1 and "Traceback" not in process.log.read_text()
+    last_line = process.log.read_text().strip().splitlines()[-1]
+    assert "error: ValueError: 1 bad records, 0 are allowed; r0: unreadable image" in last_line
+    report = json.loads((tmp_path / "run" / "bad_records.json").read_text())
+    assert report["left_out"] == [{"id": "r0", "reason": "unreadable image"}]
 
 
 # ---------------------------------------------------------------------------------------- several processes
