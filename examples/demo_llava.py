@@ -27,10 +27,11 @@ from examples.report import AFTER, DENSE
 from examples.steps import Steps, announced, console, digest, fingerprint, track
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
-from llava_apt.finetune import finetune, last_complete_checkpoint, parser
+from llava_apt.finetune import finetune, parser
 from llava_apt.lmms_eval_plugin import LlavaAptSimple
 from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
+from llava_apt.run_folder import last_checkpoint
 from tools import drawing
 from tools.mm_config import advice_for
 
@@ -113,11 +114,11 @@ class Adaptation:
         if (folder / FILE_NAME).is_file():  # written last
             console.print(f"[green]kept[/]  {title}", highlight=False)
             return folder
-        resume = ["--resume"] if last_complete_checkpoint(folder) else []
-        arguments = parser().parse_known_args([str(part) for part in [*options, "--output-dir", folder, *resume]])
+        continued = last_checkpoint(folder) is not None
+        arguments = parser().parse_known_args([str(part) for part in [*options, "--output-dir", folder, "--resume"]])
         # The trainer's progress bar goes to stderr; its lines, which the page's curve shows, to stdout.
         trainers_lines = redirect_stdout(io.StringIO())
-        with announced(title + ", continued" * bool(resume)), self._stopwatch(folder), trainers_lines:
+        with announced(title + ", continued" * continued), self._stopwatch(folder), trainers_lines:
             finetune(*arguments)
         return folder
 
@@ -136,7 +137,7 @@ class Adaptation:
 
     def losses(self) -> list[tuple[int, float]]:
         """Steps of the short fine-tune and their losses, as the trainer logged them."""
-        state = json.loads((last_complete_checkpoint(self.tuned) / "trainer_state.json").read_text())
+        state = json.loads((last_checkpoint(self.tuned) / "trainer_state.json").read_text())
         return [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
 
     def report(self, command: str) -> dict:

@@ -1,5 +1,7 @@
 """Configuration of LLaVA with adaptive patches: LLaVA's own plus what APT adds to the vision tower."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +12,16 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .patches import check_modes, resolve_thresholds
 
 TOWER_OPTIONS = ("thresholds", "scorer", "merge")
+OPTIONS = (*TOWER_OPTIONS, "image_tokens", "do_pad", "patch_size")
+
+
+def refuse_misspelt(options: Iterable[str]) -> None:
+    """transformers passes over options that it does not know. Raise ValueError at those that look like one of ours."""
+    for name in options:
+        if name not in (*OPTIONS, "image_token") and (meant := get_close_matches(name, OPTIONS, 1, cutoff=0.8)):
+            raise ValueError(
+                f"unknown option {name!r}; did you mean {meant[0]!r}? The options are {', '.join(OPTIONS)}"
+            )
 
 
 @strict

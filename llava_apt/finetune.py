@@ -1,10 +1,14 @@
 """Short fine-tune of LLaVA with adaptive patches (APT, section 3.4): ``python -m llava_apt.finetune --help``."""
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from apt_backbones import freeze_host
@@ -23,18 +27,54 @@ from apt_backbones.freeze import is_new
 from .data import BadRecord, LlavaCollator, LlavaDataset, ModalityGroupedSampler, read_records, subset
 from .modeling import LlavaAptForConditionalGeneration
 from .new_layers import save_new_layers
+from .patches import resolve_thresholds
 from .processing import LlavaAptProcessor
+from .run_folder import (
+    UNFINISHED,
+    begin_run,
+    content_of,
+    damage_named,
+    finish_checkpoint,
+    finish_result,
+    last_checkpoint,
+    refuse_other_run,
+    saving,
+)
 
 logger = logging.getLogger(__name__)
 
+LESS = "use a smaller --learning-rate"
 LORA = dict(r=128, lora_alpha=256, lora_dropout=0.05)  # LLaVA's own
 REPORTED_IDS = 10
+UNREADABLE_FILE = "unreadable.json"  # in a checkpoint: which conversations' images could not be read so far
+
+# Settings of TrainingArguments, beside those of this program, that decide what comes out.
+DECISIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
 class LlavaTrainer(Trainer):
-    """``Trainer``; what changes: LLaVA's modality-grouped order, the number of tokens per image in the log, and
-    checkpoints that hold only what trains. (``Trainer`` writes whole models under the hub's names and resumes by the
-    module's, so that it would resume LLaVA with its initial weights.)"""
+    """``Trainer``; what changes: LLaVA's modality-grouped order; the number of tokens per image in the log; an end to
+    a run that diverges; and checkpoints that hold only what trains, get their names when they are whole, and are
+    refused if they no longer are. (``Trainer`` writes whole models under the hub's names and resumes by the module's,
+    so that it would resume LLaVA with its initial weights.)"""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -54,6 +94,12 @@ class LlavaTrainer(Trainer):
             self._image_tokens += torch.tensor([tokens, len(sides)])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {float(loss)} after step {self.state.global_step}; {LESS}")
+        return loss
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             counts = self.accelerator.reduce(self._image_tokens.float().to(self.args.device))
@@ -61,13 +107,56 @@ class LlavaTrainer(Trainer):
             self._image_tokens.zero_()
         super().log(logs, *args, **kwargs)
 
+    def refuse_divergence(self) -> None:
+        """Raise FloatingPointError if what was trained is no longer finite."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite after step {self.state.global_step}; {LESS}")
+
+    def unreadable(self) -> Tensor:
+        """Which conversations' images could not be read by any process; all processes have to ask."""
+        return self.accelerator.reduce(self.train_dataset.unreadable.float().to(self.args.device)) > 0
+
+    def _get_output_dir(self, trial) -> str:
+        return os.path.join(super()._get_output_dir(trial), UNFINISHED)
+
+    def _save_checkpoint(self, model, trial):
+        self.refuse_divergence()
+        folder, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unreadable = self.unreadable().nonzero().flatten().tolist()
+        with saving(name, folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process has a file of its own
+            if self.args.should_save:
+                unfinished = folder / UNFINISHED / name
+                write_atomically(unfinished / UNREADABLE_FILE, json.dumps(unreadable))
+                finish_checkpoint(unfinished, folder / name)
+                rotate_checkpoints(str(folder), self.args.save_total_limit)
+
     def _save(self, output_dir=None, state_dict=None):
         if not Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
             return super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         trained = {name: state_dict[name].contiguous() for name in self._trained()}
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(trained, Path(output_dir) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with damage_named(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            unreadable = json.loads(Path(resume_from_checkpoint, UNREADABLE_FILE).read_text())
+            self.train_dataset.unreadable[unreadable] = True
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with damage_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with damage_named(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
         lost = sorted(self._trained() & set(load_result.missing_keys)) + sorted(load_result.unexpected_keys)
@@ -98,16 +187,15 @@ def make_trainable(model: LlavaAptForConditionalGeneration, train: str) -> nn.Mo
 def train_despite_eval_mode(model: nn.Module) -> nn.Module:
     """Frozen layers are kept in eval mode. Mark as training what has to act nevertheless: LoRA's dropout, and the
     layers (nothing within them) that transformers' activation checkpointing recomputes in training mode only."""
-    set_mode = model.train
+    model.train = partial(_train, model, model.train)  # unlike a closure, copies and pickles follow the model
+    return model
 
-    def train(mode: bool = True) -> nn.Module:
-        set_mode(mode)
-        for name, module in model.named_modules():
-            if isinstance(module, GradientCheckpointingLayer) or "lora_dropout" in name:
-                module.training = mode
-        return model
 
-    model.train = train
+def _train(model: nn.Module, set_mode: Callable[[bool], nn.Module], mode: bool = True) -> nn.Module:
+    set_mode(mode)
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) or "lora_dropout" in name:
+            module.training = mode
     return model
 
 
@@ -124,12 +212,6 @@ def report_bad(dataset: LlavaDataset, unreadable: Tensor, output_dir: Path) -> N
         logger.warning("cut %d over-long conversations at the end, among them %s", len(dataset.cut), shown)
     report = {"left_out": [vars(record) for record in bad], "cut": dataset.cut}
     write_atomically(output_dir / "bad_records.json", json.dumps(report, indent=1))
-
-
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The last checkpoint that has all its files; a run that is killed while it writes one leaves a part."""
-    complete = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def threshold(text: str) -> tuple[int, float]:
@@ -164,8 +246,16 @@ def parser() -> argparse.ArgumentParser:
     add("--device-batch-size", type=int, default=16, metavar="N", help="samples at once on a GPU (%(default)s)")
     add("--max-length", type=int, default=2048, metavar="TOKENS", help="longer conversations are cut (%(default)s)")
     add("--crop", action="store_true", help="crop images as the checkpoint says instead of LLaVA's square padding")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
-    add("--strict", action="store_true", help="stop at bad records instead of leaving them out")
+    again = parser.add_mutually_exclusive_group()
+    resume = "continue from the last checkpoint in --output-dir, with the settings that the run was begun with"
+    again.add_argument("--resume", action="store_true", help=resume)
+    again.add_argument("--overwrite", action="store_true", help="delete the run that --output-dir holds")
+    bad = parser.add_mutually_exclusive_group()
+    allowed = "stop at more than N bad records instead of leaving all out; each process counts its unreadable images"
+    bad.add_argument("--max-bad", type=int, metavar="N", help=allowed)
+    bad.add_argument("--strict", dest="max_bad", action="store_const", const=0, help="stop at the first bad record")
+    outside = "read images outside of --image-folder, too, which paths and links in the data may lead to"
+    add("--allow-outside-images", action="store_true", help=outside)
     return parser
 
 
@@ -202,19 +292,53 @@ def training_arguments(args: argparse.Namespace, extra: list[str]) -> TrainingAr
     return arguments.parse_args_into_dataclasses(extra)[0]
 
 
+def settings_of(
+    args: argparse.Namespace, training: TrainingArguments, processor: LlavaAptProcessor, dataset: LlavaDataset
+) -> dict[str, object]:
+    """What decides a run's result, by the names of the options; neither folders nor the number of processes do."""
+    images = processor.image_processor
+    usable = hashlib.sha256(repr([conversation.id for conversation in dataset.conversations]).encode())
+    return {
+        "--model": content_of(args.model),
+        "--data": content_of(args.data),
+        "--fraction": args.fraction,
+        "usable records": f"{len(dataset)} ({usable.hexdigest()[:16]})",
+        "--train": args.train,
+        "--threshold": {
+            str(size): value for size, value in resolve_thresholds(images.thresholds, images.patch_size).items()
+        },
+        "--total-batch-size": training.train_batch_size * training.world_size * training.gradient_accumulation_steps,
+        "--max-length": args.max_length,
+        "--crop": args.crop,
+        **{f"--{name.replace('_', '-')}": getattr(training, name) for name in DECISIVE},
+    }
+
+
 def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     """Train, and write the adapted model, its processor and the new layers alone to ``args.output_dir``."""
     training = training_arguments(args, extra)
+    output_dir = Path(args.output_dir)
+    if output_dir.resolve() == Path(args.model).resolve():
+        raise ValueError(f"--output-dir {output_dir} is the folder of --model; choose another")
     options = {"thresholds": dict(args.threshold)} if args.threshold else {}
     crop = {} if args.crop else {"do_pad": True}
     records = subset(read_records(args.data), args.fraction)
     processor = LlavaAptProcessor.from_pretrained(args.model, **options, **crop)
-    dataset = LlavaDataset(records, args.image_folder, processor, args.max_length)
+    dataset = LlavaDataset(
+        records, args.image_folder, processor, args.max_length, args.max_bad, args.allow_outside_images
+    )
     is_main = training.process_index == 0
-    if is_main:
-        report_bad(dataset, dataset.unreadable, Path(args.output_dir))
-    if args.strict and dataset.bad:
-        raise ValueError(f"{len(dataset.bad)} bad records, the first {dataset.bad[0].id}: {dataset.bad[0].reason}")
+    with training.main_process_first(local=False):
+        if is_main:
+            settings = settings_of(args, training, processor, dataset)
+            refuse_other_run(output_dir, settings, args.resume, args.overwrite)
+            report_bad(dataset, dataset.unreadable, output_dir)
+            if dataset.bad:
+                dataset.refuse_too_many_bad(dataset.bad[0])
+            begin_run(output_dir, settings, args.resume)
+        last = last_checkpoint(output_dir)
+    if args.resume and last is None:
+        logger.warning("nothing to resume in %s; starting at the beginning", output_dir)
     set_seed(training.seed)  # ConvDown starts at random
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     model = LlavaAptForConditionalGeneration.from_pretrained(args.model, dtype=dtype, **options)
@@ -225,18 +349,25 @@ def finetune(args: argparse.Namespace, extra: list[str]) -> None:
     trainer = LlavaTrainer(
         model, training, LlavaCollator(processor, args.max_length), dataset, processing_class=processor
     )
-    last = last_complete_checkpoint(Path(args.output_dir)) if args.resume else None
-    if args.resume and last is None:
-        logger.warning("nothing to resume in %s; starting at the beginning", args.output_dir)
-    trainer.train(resume_from_checkpoint=last and str(last))
-    unreadable = trainer.accelerator.reduce(dataset.unreadable.float().to(training.device))
+    try:
+        trainer.train(resume_from_checkpoint=last and str(last))
+    except Exception:
+        if is_main:
+            with suppress(OSError):  # the disk may be full
+                report_bad(dataset, dataset.unreadable, output_dir)
+        raise
+    trainer.refuse_divergence()
+    unreadable = trainer.unreadable()
     if is_main:
-        report_bad(dataset, unreadable, Path(args.output_dir))
+        report_bad(dataset, unreadable, output_dir)
     if args.train == "lora":
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    trainer.save_model()
-    if is_main:
-        save_new_layers(trainer.accelerator.unwrap_model(trainer.model), args.output_dir)
+    with saving("the result", output_dir):
+        trainer.save_model(str(output_dir / UNFINISHED))
+        trainer.accelerator.wait_for_everyone()
+        if is_main:
+            save_new_layers(trainer.accelerator.unwrap_model(trainer.model), output_dir / UNFINISHED)
+            finish_result(output_dir / UNFINISHED, output_dir)
 
 
 def main() -> None:
@@ -244,8 +375,11 @@ def main() -> None:
     args, extra = parser().parse_known_args()
     try:
         finetune(args, extra)
-    except (ValueError, OSError) as error:
-        sys.exit(f"llava_apt.finetune: error: {error}")
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        message = str(error)
+        if "Original Traceback" in message:  # a loader's worker process hands on all that it knows
+            message = message.strip().splitlines()[-1]
+        sys.exit(f"llava_apt.finetune: error: {' '.join(message.split())}")
 
 
 if __name__ == "__main__":

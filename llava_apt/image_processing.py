@@ -9,9 +9,11 @@ from transformers.processing_utils import ImagesKwargs
 
 from apt_backbones.selection import undo_normalization
 
+from .configuration import refuse_misspelt
 from .patches import check_modes, patch_sides, resolve_thresholds
 
 MAX_ASPECT_RATIO = 50  # the longer side after resizing the shorter one, before the crop, in units of the shorter
+MAX_PIXELS = 100_000_000  # 300 MB; of a file that is decoded, and of an image that is padded to a square
 
 
 class LlavaAptImageProcessorKwargs(ImagesKwargs, total=False):
@@ -39,6 +41,11 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
     scorer = "entropy"
     merge = "apt"
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        refuse_misspelt(kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def process_image(self, image, **kwargs) -> Tensor:
         if isinstance(image, Image.Image):
             image = eight_bits(ImageOps.exif_transpose(image))
@@ -63,6 +70,11 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
         thresholds = resolve_thresholds(thresholds, patch_size)
         for image in images:
             shorter, longer = sorted(image.shape[-2:])
+            if do_pad and longer**2 > MAX_PIXELS:
+                raise ValueError(
+                    f"an image of {image.shape[-1]} x {image.shape[-2]} pixels, padded to a square, has more than "
+                    f"{MAX_PIXELS}; make it smaller"
+                )
             if not do_pad and longer > MAX_ASPECT_RATIO * shorter:
                 raise ValueError(
                     f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too narrow to crop; pass do_pad=True"

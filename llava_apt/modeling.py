@@ -1,6 +1,9 @@
 """LLaVA whose vision tower hands on one token per patch, or per base cell ("repeated")."""
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -9,7 +12,7 @@ from transformers.utils.output_capturing import select_hidden_states
 from apt_backbones import PatchLayout
 from apt_backbones.freeze import is_new
 
-from .configuration import LlavaAptConfig
+from .configuration import LlavaAptConfig, refuse_misspelt
 from .tower import AptClipVisionModel, PackedVisionOutput
 
 
@@ -141,13 +144,30 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers. ``thresholds``, ``scorer``, ``merge`` and ``image_tokens`` override the configuration's.
+        """As in transformers, from safetensors files only. ``thresholds``, ``scorer``, ``merge`` and ``image_tokens``
+        override the configuration's.
 
         Raises:
-            ValueError: the checkpoint lacks tensors other than all of APT's new layers, or is no LLaVA-1.5; or the
-                device map offloads the vision tower.
+            ValueError: the checkpoint is damaged, lacks tensors other than all of APT's new layers, or is no
+                LLaVA-1.5; or the device map offloads the vision tower; or an option looks like a misspelt one.
+            OSError: there is no such checkpoint, or its weights are not in safetensors files.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        refuse_misspelt(kwargs)
+        if any(Path(pretrained_model_name_or_path).glob("*.bin")) and not any(
+            Path(pretrained_model_name_or_path).glob("*.safetensors")
+        ):
+            raise OSError(
+                f"{pretrained_model_name_or_path} has its weights in .bin files, which may hold code; convert them: "
+                f"transformers.LlavaForConditionalGeneration.from_pretrained({str(pretrained_model_name_or_path)!r})"
+                ".save_pretrained(FOLDER)"
+            )
+        kwargs["use_safetensors"] = True
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{pretrained_model_name_or_path} has a damaged safetensors file ({error})") from error
         missing = set(info["missing_keys"])
         new_layers = {name for name, _ in model.named_parameters() if is_new(name)}
         if missing not in (set(), new_layers):

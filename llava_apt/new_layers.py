@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -43,15 +43,20 @@ def load_new_layers(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds other tensors than the model's new layers, or of other shapes or thresholds.
+        ValueError: the file is damaged, or holds other tensors than the model's new layers, or of other shapes or
+            thresholds.
     """
     path = _file(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file or folder that save_new_layers wrote")
     parameters = {name: parameter for name, parameter in model.named_parameters() if is_new(name)}
-    with safe_open(path, framework="pt") as file:
-        options = json.loads((file.metadata() or {}).get("apt", "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        with safe_open(path, framework="pt") as file:
+            options = json.loads((file.metadata() or {}).get("apt", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        trained_with = {int(size): threshold for size, threshold in options.get("thresholds", {}).items()}
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no file of new layers ({error}); save_new_layers writes one") from error
     if tensors.keys() != parameters.keys():
         raise ValueError(f"{path} holds {sorted(tensors)}, but the model's new layers are {sorted(parameters)}")
     for name, tensor in tensors.items():
@@ -59,7 +64,6 @@ def load_new_layers(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} in {path} and {tuple(parameters[name].shape)} in the model"
             )
-    trained_with = {int(size): threshold for size, threshold in options.get("thresholds", {}).items()}
     if trained_with and trained_with.keys() != model.config.vision_config.thresholds.keys():
         raise ValueError(
             f"{path} was trained with thresholds {trained_with}; load the model and the processor with them"

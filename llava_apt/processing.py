@@ -2,6 +2,7 @@
 
 from transformers import LlavaProcessor
 
+from .configuration import refuse_misspelt
 from .image_processing import LlavaAptImageProcessor
 from .patches import count_tokens
 
@@ -47,6 +48,11 @@ class LlavaAptProcessor(LlavaProcessor):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
+
+    def __call__(self, *args, **kwargs):
+        """As in `LlavaProcessor`. Raises ValueError at an option that looks like a misspelt one of ours."""
+        refuse_misspelt(kwargs)
+        return super().__call__(*args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

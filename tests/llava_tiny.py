@@ -124,5 +124,30 @@ def photo(seed: int = 0, size: tuple[int, int] = (160, 120), flat: float = 0.5) 
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
+def save_task(folder: Path) -> None:
+    """A stock checkpoint in ``model`` and data: 20 records with images, 8 without, 2 bad ones."""
+    (folder / "model").mkdir()
+    save_hub_checkpoint(folder / "model")
+    records = []
+    for index in range(28):
+        image = {"image": f"{index}.png"} if index < 20 else {}
+        if image:
+            photo(index, size=(120, 90)).save(folder / image["image"])
+        question = "<image>\nwhat is this ?" if image else "what is a cat ?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ("a cat", "a dog")[index % 2]}]
+        records.append({"id": f"r{index}", **image, "conversations": turns})
+    records.insert(3, {**records[0], "id": "lost", "image": "lost.png"})
+    records.insert(9, {**records[0], "id": "mute", "conversations": []})
+    (folder / "data.json").write_text(json.dumps(records))
+
+
+def finetune_options(task: Path, output: Path, *more) -> list[str]:
+    """The short fine-tune of ``save_task``'s model: 7 steps of 4 samples. Later options win."""
+    data = ["--data", task / "data.json", "--image-folder", task, "--model", task / "model", "--output-dir", output]
+    sizes = ["--fraction", 1, "--total-batch-size", 4, "--device-batch-size", 2, "--learning-rate", 1e-2]
+    on_cpu = ["--use_cpu", "--dataloader_num_workers", 0, "--disable_tqdm", "true"]
+    return [str(part) for part in (*data, *sizes, "--threshold", "28=2", *on_cpu, *more)]
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())

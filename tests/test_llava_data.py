@@ -1,7 +1,16 @@
 """LLaVA's data: what is asked, what the loss counts, which samples meet in a batch, and what is refused."""
 
+import io
+import json
+import re
+import resource
+import struct
+import zlib
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from llava_apt import LlavaAptProcessor
@@ -36,6 +45,11 @@ def pictures(tmp_path_factory):
     for index in range(3):
         photo(index).save(folder / f"{index}.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
+    outside = tmp_path_factory.mktemp("outside")
+    photo(7).save(outside / "0.png")
+    (folder / "to_a_file.png").symlink_to(outside / "0.png")
+    (folder / "to_a_folder").symlink_to(outside)
+    (folder / "to_another.png").symlink_to(folder / "0.png")
     return folder
 
 
@@ -65,7 +79,8 @@ def test_loss_counts_the_answers_and_their_end_only(processor, pictures):
     turns += [{"from": "human", "value": "left right ?"}, {"from": "gpt", "value": "yes"}]
     conversation = parse_record({"id": "x", "image": "1.png", "conversations": turns}, pictures)
     text = parse_record(record("what ?", "no", image=None), pictures)
-    batch = LlavaCollator(processor)([(conversation, [photo(1)]), (text, [])])
+    features = processor.image_processor([photo(1)], return_tensors="pt")
+    batch = LlavaCollator(processor)([(conversation, features), (text, None)])
     labels = batch["labels"]
     assert words.decode(labels[0][labels[0] != IGNORED]) == "a cat </s> yes </s>"
     assert words.decode(labels[1][labels[1] != IGNORED]) == "no </s>"
@@ -106,6 +121,22 @@ def test_a_leading_answer_is_dropped_as_llava_does(pictures):
         ),
         (record(conversations=[{"value": "<image>"}]), "list of {from, value}"),
         (record(conversations="hello"), "list of {from, value}"),
+        (record(conversations=5), "list of {from, value}"),
+        (record(conversations=[None, None]), "list of {from, value}"),
+        (record(conversations=[{"from": "human", "value": None}]), "list of {from, value}"),
+        (record(conversations=[{"from": 1, "value": "<image>"}, {"from": 2, "value": "a"}]), "found 1, 2"),
+        (record("<image> \ud800 ?"), "half a surrogate pair"),
+        (record(image=5), "a path or a list of paths, found 5"),
+        (record(image=["0.png", None]), "a path or a list of paths, found ['0.png', None]"),
+        (record(image={"0.png": 1}), "a path or a list of paths, found {'0.png': 1}"),
+        (record(image="n" * 5000), "impossible image name"),
+        (record(image="a\0b.png"), "a\0b.png"),
+        (record(image="\ud800.png"), "impossible image name"),
+        (record(image="."), "missing image"),
+        (record(image="/etc/hostname"), "leads out of --image-folder; --allow-outside-images permits that"),
+        (record(image="../0.png"), "leads out of --image-folder"),
+        (record(image="to_a_file.png"), "leads out of --image-folder"),
+        (record(image="to_a_folder/0.png"), "leads out of --image-folder"),
         (record("<image> " + "what " * 200), "it loses images or answers"),
     ],
 )
@@ -113,6 +144,29 @@ def test_bad_records_are_left_out_and_named(processor, pictures, bad, reason):
     dataset = LlavaDataset([bad, {**record(), "id": "good"}], pictures, processor, max_length=200)
     assert [conversation.id for conversation in dataset.conversations] == ["good"]
     assert len(dataset.bad) == 1 and dataset.bad[0].id == "x" and reason in dataset.bad[0].reason
+    assert len(dataset.bad[0].reason) < 1000
+    assert json.loads(json.dumps(vars(dataset.bad[0])).encode()) == vars(dataset.bad[0])
+
+
+@pytest.mark.parametrize("bad", [None, 5, "hello", [], ["id"]])
+def test_what_is_no_record_is_left_out(processor, pictures, tmp_path, bad):
+    (tmp_path / "data.json").write_text(json.dumps([bad, record(), bad]))
+    dataset = LlavaDataset(subset(read_records(tmp_path / "data.json"), 1), pictures, processor)
+    assert len(dataset) == 1 and len(dataset.bad) == 2 and "a record must be" in dataset.bad[0].reason
+
+
+@pytest.mark.parametrize("identity", ["n" * 5000, "\ud800", {"a": [1]}, None, 3.5])
+def test_ids_of_any_kind_can_be_written(processor, pictures, identity):
+    bad = parse_record({**record(image="nowhere.png"), "id": identity}, pictures)
+    assert len(bad.id.encode()) < 300
+
+
+def test_images_outside_of_the_folder_are_read_when_that_is_permitted(pictures):
+    for name in ("to_a_file.png", "to_a_folder/0.png", str(pictures / "to_a_file.png")):
+        assert isinstance(parse_record(record(image=name), pictures), BadRecord)
+        assert isinstance(parse_record(record(image=name), pictures, allow_outside_images=True), Conversation)
+    for name in ("to_another.png", str(pictures / "0.png"), "to_a_folder/../0.png"):  # the last: outside, by the link
+        assert isinstance(parse_record(record(image=name), pictures), Conversation) == ("to_a_folder" not in name)
 
 
 def test_over_long_conversations_are_cut_behind_the_first_answer(processor, pictures):
@@ -138,10 +192,92 @@ def test_unreadable_images_are_replaced_and_counted(processor, pictures):
 def test_useless_data_is_refused(processor, pictures, tmp_path):
     with pytest.raises(ValueError, match="none of 1 records can be used; the first: x: missing image"):
         LlavaDataset([record(image="nowhere.png")], pictures, processor)
-    for content, message in (("{", "is no JSON file"), ("{}", "must hold a list"), ("[]", "must hold a list")):
+    useless = {"{": "is no JSON file", "[" * 100_000: "is no JSON file", "{}": "must hold", "[]": "must hold"}
+    for content, message in useless.items():
         (tmp_path / "data.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_records(tmp_path / "data.json")
+
+
+# ---------------------------------------------------------------------------------------- images of all kinds
+
+
+def png_of(width, height) -> bytes:
+    """A PNG of one colour, written without its pixels: 60,000 of them are some hundred bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + (width + 7) // 8)), 9) if width * height < 10**8 else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def encoded(image, kind, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+JPEG, PNG = encoded(photo(), "JPEG"), encoded(photo(), "PNG")
+UNREADABLE = {
+    "truncated": (JPEG[: len(JPEG) // 2], "truncated"),
+    "empty": (b"", "cannot identify"),
+    "text": (b"<html></html>", "cannot identify"),
+    "eps": (encoded(photo(), "EPS"), "cannot identify"),  # PIL would start Ghostscript
+    "float": (encoded(Image.new("F", (50, 50)), "TIFF"), "floating point"),
+    "narrow": (png_of(1, 60_000), "1 x 60000 pixels, padded to a square, has more"),
+    "bomb": (png_of(20_000, 20_000), "decompression bomb"),
+    "large": (png_of(11_000, 10_000), "11000 x 10000 pixels are more than 100000000"),
+    "broken png": (PNG[:200] + b"\0" * 50 + PNG[250:], "unrecognized data stream|broken PNG"),
+    "half a png": (PNG[: len(PNG) // 2], "truncated"),
+}
+UNUSUAL = {
+    "wrong extension": encoded(photo(), "PNG"),
+    "cmyk": encoded(photo().convert("CMYK"), "JPEG"),
+    "palette": encoded(photo().convert("P"), "PNG"),
+    "sixteen": encoded(Image.fromarray(np.full((40, 60), 40_000, np.uint16)), "PNG"),
+    "alpha": encoded(photo().convert("RGBA"), "PNG"),
+    "grey alpha": encoded(photo().convert("LA"), "PNG"),
+    "one bit": png_of(50, 50),
+    "exif": encoded(photo(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+    "animated": encoded(photo(0), "GIF", save_all=True, append_images=[photo(1)]),
+    "one pixel": png_of(1, 1),
+    "thin": png_of(1, 4000),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_image_that_cannot_be_used_is_replaced_and_named(processor, tmp_path, caplog, monkeypatch, kind):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval, of other tests, sets it for all
+    content, reason = UNREADABLE[kind]
+    (tmp_path / "bad.jpg").write_bytes(content)
+    photo().save(tmp_path / "good.png")
+    records = [{**record(image="bad.jpg"), "id": "bad"}, {**record(image="good.png"), "id": "good"}]
+    dataset = LlavaDataset(records, tmp_path, processor)
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert dataset[0][0].id == "good" and dataset.unreadable.tolist() == [True, False]
+    assert re.search(f"record bad: unreadable image.*bad.jpg: .*({reason})", caplog.text)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 300_000  # KB
+    with pytest.raises(ValueError, match=r"1 bad records, 0 are allowed; bad: unreadable image: .*bad\.jpg"):
+        LlavaDataset(records, tmp_path, processor, max_bad=0)[0]
+
+
+def test_records_that_are_bad_and_those_that_turn_out_to_be_count_together(processor, pictures):
+    records = [record(image="nowhere.png"), record(image="broken.jpg"), record(), record(image="broken.jpg")]
+    dataset = LlavaDataset(records, pictures, processor, max_bad=2)
+    assert dataset[0][0].images[0].name == dataset[0][0].images[0].name == "0.png"
+    with pytest.raises(ValueError, match="3 bad records, 2 are allowed"):
+        dataset[2]
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_images_are_used(processor, tmp_path, kind):
+    (tmp_path / "unusual.jpg").write_bytes(UNUSUAL[kind])
+    dataset = LlavaDataset([record(image="unusual.jpg")], tmp_path, processor)
+    batch = LlavaCollator(processor)([dataset[0]])
+    assert batch["pixel_values"].shape == (1, 3, 112, 112) and batch["pixel_values"].isfinite().all()
+    assert not dataset.unreadable.any()
 
 
 # ---------------------------------------------------------------------------------------- which, and in what order

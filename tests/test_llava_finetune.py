@@ -1,7 +1,9 @@
 """The short fine-tune, run as a user runs it, on a tiny random LLaVA: what changes, what is logged, what resumes."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -18,40 +20,18 @@ from apt_backbones.freeze import is_new
 from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers
 from llava_apt.finetune import finetune, make_trainable, parser, training_arguments
 
-from .llava_tiny import photo, save_hub_checkpoint
-
-ON_CPU = ["--use_cpu", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
-THRESHOLD = ["--threshold", "28=2"]
+from .llava_tiny import finetune_options, photo, save_task
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A stock checkpoint and data: 20 records with images, 8 without, 2 bad ones."""
     folder = tmp_path_factory.mktemp("task")
-    (folder / "model").mkdir()
-    save_hub_checkpoint(folder / "model")
-    records = []
-    for index in range(28):
-        image = {"image": f"{index}.png"} if index < 20 else {}
-        if image:
-            photo(index, size=(120, 90)).save(folder / image["image"])
-        question = "<image>\nwhat is this ?" if image else "what is a cat ?"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ("a cat", "a dog")[index % 2]}]
-        records.append({"id": f"r{index}", **image, "conversations": turns})
-    records.insert(3, {**records[0], "id": "lost", "image": "lost.png"})
-    records.insert(9, {**records[0], "id": "mute", "conversations": []})
-    (folder / "data.json").write_text(json.dumps(records))
+    save_task(folder)
     return folder
 
 
-def options(task, output, *more, batch=4) -> list[str]:
-    data = ["--data", task / "data.json", "--image-folder", task, "--model", task / "model", "--output-dir", output]
-    sizes = ["--fraction", "1", "--total-batch-size", batch, "--device-batch-size", "2", "--learning-rate", "1e-2"]
-    return [str(part) for part in (*data, *sizes, *THRESHOLD, *ON_CPU, *more)]
-
-
 def run(task, output, *more):
-    finetune(*parser().parse_known_args(options(task, output, *more)))
+    finetune(*parser().parse_known_args(finetune_options(task, output, *more)))
 
 
 def log_of(checkpoint):
@@ -102,14 +82,20 @@ def test_bad_records_are_reported_and_abort_only_when_asked(task, finished, tmp_
         ("lost", "missing"),
         ("mute", "roles"),
     ]
-    with pytest.raises(ValueError, match="2 bad records, the first lost: missing image"):
+    with pytest.raises(ValueError, match="2 bad records, 0 are allowed; lost: missing image"):
         run(task, tmp_path, "--strict")
 
 
+def begun(finished, folder):
+    """As ``finished`` was when it had written its first checkpoint, and a part of the second."""
+    shutil.copytree(finished / "checkpoint-3", folder / "checkpoint-3")
+    shutil.copytree(finished / "checkpoint-6", folder / ".unfinished" / "checkpoint-6")
+    (folder / ".unfinished" / "checkpoint-6" / "trainer_state.json").unlink()
+    shutil.copy(finished / "finetune_run.json", folder)
+
+
 def test_resuming_ends_where_the_uninterrupted_run_ends(task, finished, tmp_path):
-    shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
-    shutil.copytree(finished / "checkpoint-6", tmp_path / "checkpoint-6")
-    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # as if the run had been killed while writing it
+    begun(finished, tmp_path)
     assert {name for name in load_file(tmp_path / "checkpoint-3" / "model.safetensors")} == {
         name for name in load_file(finished / "apt_new_layers.safetensors")
     }
@@ -119,12 +105,29 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(task, finished, tmp_path
     assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in expected]
     for name, tensor in load_file(finished / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in finished.iterdir() if path.name not in ("checkpoint-3", "checkpoint-6")
+    )
 
 
-def test_resuming_with_other_layers_is_refused(task, finished, tmp_path):
-    shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
-    with pytest.raises(ValueError, match=r"other trained layers, see model\.multi_modal_projector"):
-        run(task, tmp_path, "--train", "projector", "--resume")
+def test_images_that_turn_out_to_be_unreadable_are_listed_even_if_the_run_is_interrupted(task, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in task.glob("*.png"):
+        (images / path.name).write_bytes(b"" if path.name == "5.png" else path.read_bytes())
+    more = ["--image-folder", images, "--save_steps", "1", "--save_total_limit", "9"]
+    run(task, tmp_path / "whole", *more)
+    for step in range(1, 8):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        if json.loads((checkpoint / "unreadable.json").read_text()):
+            break
+    assert step < 7
+    shutil.copytree(checkpoint, tmp_path / "part" / checkpoint.name)
+    shutil.copy(tmp_path / "whole" / "finetune_run.json", tmp_path / "part")
+    run(task, tmp_path / "part", *more, "--resume")
+    reports = [json.loads((tmp_path / name / "bad_records.json").read_text()) for name in ("whole", "part")]
+    assert reports[0] == reports[1]
+    assert reports[0]["left_out"][-1] == {"id": "r5", "reason": "unreadable image"}
 
 
 @pytest.mark.parametrize("train", ["projector", "lora"])
@@ -147,6 +150,18 @@ def test_activation_checkpointing_reaches_the_frozen_layers(task):
     assert not any(child.training for layer in layers for child in layer.children())
     model.eval()
     assert not any(module.training for module in model.modules())
+
+
+def test_copies_of_a_model_in_training_are_models_of_their_own(task):
+    for train in ("new", "projector", "lora"):
+        model = LlavaAptForConditionalGeneration.from_pretrained(task / "model", thresholds={28: 2})
+        model = make_trainable(model, train).train()
+        modes = [module.training for module in model.modules()]
+        assert any(modes) and not all(modes)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert copied.eval() is copied and not any(module.training for module in copied.modules())
+            assert [module.training for module in model.modules()] == modes
+            assert copied.train() is copied and [module.training for module in copied.modules()] == modes
 
 
 def test_defaults_are_the_papers():
@@ -172,7 +187,7 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 def launch(task, output, *more) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "llava_apt.finetune", *options(task, output, "--ddp_backend", "gloo", *more)]
+    command += ["-m", "llava_apt.finetune", *finetune_options(task, output, "--ddp_backend", "gloo", *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
