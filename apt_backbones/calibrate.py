@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .learned import LearnedScorer
 from .scores import score_patches, select_patches
 
 ScoreMaps = Mapping[int, Tensor]
 
 
-def score_maps_of(image: Tensor, sizes: Sequence[int], scorer: str = "entropy") -> dict[int, Tensor]:
+def score_maps_of(image: Tensor, sizes: Sequence[int], scorer: str | LearnedScorer = "entropy") -> dict[int, Tensor]:
     """Scores of one image (1, 3, H, W) for the merged sizes, and its base grid, for the functions below."""
     patch_size = sizes[0] // 2
     grid = [-(-side // patch_size) for side in image.shape[2:]]

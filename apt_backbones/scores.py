@@ -5,7 +5,7 @@ side of the patch that covers each base cell. Both are pure tensor functions wit
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -13,21 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .learned import SUFFIX, LearnedScorer, load_scorer
+
 NUM_BINS = 512
 DROPPED = 0  # side given to a base cell that gets no token
 NOT_FINITE = -1  # side given to every cell of an image with NaN or infinite pixels; PatchLayout refuses it
 _GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)
 
 
-def score_patches(images: Tensor, sizes: Sequence[int], scorer: str = "entropy") -> dict[int, Tensor]:
+def score_patches(images: Tensor, sizes: Sequence[int], scorer: str | LearnedScorer = "entropy") -> dict[int, Tensor]:
     """Score all patches of the given sizes on a regular grid.
 
     Args:
         images: float tensor (B, 3, H, W), RGB in 0..255. Any H and W.
         sizes: patch sides in pixels, each twice the one before, e.g. (32, 64, 128); the base patch is half the first.
         scorer: ``"entropy"`` (bits per pixel of the grey values), ``"laplacian"`` (mean absolute 8-neighbour
-            Laplacian of grey / 255) or ``"upsample_mse"`` (mean squared error of RGB / 255 after bilinear down-
-            and upsampling by size / base patch).
+            Laplacian of grey / 255), ``"upsample_mse"`` (mean squared error of RGB / 255 after bilinear down-
+            and upsampling by size / base patch), or a learned scorer or its file (nats; ``LearnedScorer``).
 
     Returns:
         size -> float32 scores (B, ceil(H / size), ceil(W / size)). A patch that sticks out over the image's edge
@@ -35,17 +37,16 @@ def score_patches(images: Tensor, sizes: Sequence[int], scorer: str = "entropy")
 
     Raises:
         TypeError: images are not floating point.
-        ValueError: images are not (B, 3, H, W), sizes do not double, or the scorer is unknown.
+        ValueError: images are not (B, 3, H, W), sizes do not double, or the scorer is unknown or not for them.
     """
     check_images(images)
     sizes = check_sizes(sizes)
-    if scorer not in SCORERS:
-        raise ValueError(f"unknown scorer {scorer!r}; choose one of {', '.join(SCORERS)}")
+    scorer = find_scorer(scorer)
     images = images.detach().float()
     not_finite_B = ~images.sum((1, 2, 3)).isfinite()
     height, width = images.shape[2:]
     scores = {}
-    for size, score in zip(sizes, SCORERS[scorer](images, sizes)):
+    for size, score in zip(sizes, scorer(images, sizes)):
         overhang = (0, -(-width // size) - score.shape[2], 0, -(-height // size) - score.shape[1])
         score = F.pad(score, overhang, value=math.inf) if any(overhang) else score
         scores[size] = score.masked_fill(not_finite_B[:, None, None], math.nan)
@@ -84,6 +85,27 @@ def select_patches(
         sides_BHW = sides_BHW.masked_fill(merge_BHW[:, :height, :width], size)
     not_finite_B = some_score[:, :1, :1].isnan()
     return sides_BHW.masked_fill(not_finite_B, NOT_FINITE)
+
+
+def find_scorer(scorer: str | LearnedScorer) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
+    """The scorer of a name or a file; a learned scorer is returned as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such scorer or file, or the file holds none.
+    """
+    if isinstance(scorer, LearnedScorer):
+        return scorer
+    if scorer in SCORERS:
+        return SCORERS[scorer]
+    if str(scorer).endswith(SUFFIX):
+        return load_scorer(scorer)
+    raise ValueError(f"unknown scorer {scorer!r}; choose one of {', '.join(SCORERS)}, or a {SUFFIX} file")
+
+
+def check_scorer(scorer: str | LearnedScorer, sizes: Sequence[int] = ()) -> None:
+    """Raise as ``find_scorer``, and ValueError for a learned scorer that is not for these patch sizes."""
+    if isinstance(scorer := find_scorer(scorer), LearnedScorer):
+        scorer.check_sizes(sizes)
 
 
 def check_images(images: Tensor) -> None:

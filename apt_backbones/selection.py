@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import PatchLayout
+from .learned import LearnedScorer
 from .scores import DROPPED, check_thresholds, score_patches, select_patches
 
 MERGE_MODES = ("apt", "apt_random_init", "apt_residual", "resizing", "random")
@@ -52,7 +53,9 @@ def undo_normalization(images: Tensor, mean: Sequence[float], std: Sequence[floa
 
 
 @torch.no_grad()
-def patch_sides(pixels: Tensor, thresholds: Mapping[int, float], patch_size: int, scorer: str = "entropy") -> Tensor:
+def patch_sides(
+    pixels: Tensor, thresholds: Mapping[int, float], patch_size: int, scorer: str | LearnedScorer = "entropy"
+) -> Tensor:
     """Side of the patch that covers each base cell; without host-device synchronization.
 
     Args:

@@ -17,8 +17,9 @@ from .attention import BACKENDS
 from .block import Call, FusedBlock, check_block, run_block
 from .embed import AdaptivePatchEmbed
 from .layout import PatchLayout, Segments, check_window
+from .learned import LearnedScorer
 from .rotary import ROPE_POSITIONS
-from .scores import SCORERS, check_images
+from .scores import check_images, check_scorer
 from .selection import (
     PADDING_MODES,
     check_choice,
@@ -90,7 +91,7 @@ class AdaptiveTrunk(nn.Module):
     def set_up(
         self,
         thresholds: Mapping[int, float] | None = None,
-        scorer: str = "entropy",
+        scorer: str | LearnedScorer = "entropy",
         merge: str = "apt",
         padding: str = "coarsest",
         rope_position: str = "center",
@@ -104,7 +105,7 @@ class AdaptiveTrunk(nn.Module):
 
         Args:
             thresholds: merged size in pixels -> threshold in the scorer's units; None for the dense network.
-            scorer: "entropy", "laplacian" or "upsample_mse".
+            scorer: "entropy", "laplacian", "upsample_mse", or a learned scorer or its .safetensors file.
             merge: "apt", "resizing", "random" or an ablation (``AdaptivePatchEmbed``). For "random", dropped cells of
                 the feature maps repeat the nearest kept token before them.
             padding: "coarsest" (padding is scored like any other area: constant, so it merges into the largest
@@ -122,7 +123,7 @@ class AdaptiveTrunk(nn.Module):
         """
         rope_position = "center" if rope_position == "centre" else rope_position  # configurations of version 0.1
         thresholds = clean_thresholds(thresholds, self.patch_size)
-        check_choice("scorer", scorer, SCORERS)
+        check_scorer(scorer, tuple(thresholds))
         check_choice("padding", padding, PADDING_MODES)
         check_choice("rope_position", rope_position, ROPE_POSITIONS)
         if padding == "drop" and all(float(value).is_integer() for value in pixel_mean):

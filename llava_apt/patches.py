@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from apt_backbones.scores import SCORERS
+from apt_backbones.scores import check_scorer
 from apt_backbones.selection import MERGE_MODES, check_choice, clean_thresholds, drop_at_random
 from apt_backbones.selection import patch_sides as selected_sides
 
@@ -18,8 +18,8 @@ def resolve_thresholds(thresholds: Mapping[int | str, float] | None, patch_size:
 
 
 def check_modes(scorer: str, merge: str) -> None:
-    """Raise ValueError unless the scorer and the merge mode are known."""
-    check_choice("scorer", scorer, SCORERS)
+    """Raise ValueError unless the scorer and the merge mode are known, FileNotFoundError for a missing scorer file."""
+    check_scorer(scorer)
     check_choice("merge", merge, MERGE_MODES)
 
 

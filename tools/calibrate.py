@@ -162,7 +162,11 @@ def main() -> None:
     add("--keep", type=float, required=True, help="share of tokens to keep, e.g. 0.7, padding excluded")
     add("--config", help="take sizes, scorer and image size from this config, or from the folder of a LLaVA model")
     add("--sizes", type=int, nargs="+", help="merged patch sizes, e.g. 32 64 (base: 16)")
-    add("--scorer", choices=SCORERS, help="default: the config's, or entropy")
+    add(
+        "--scorer",
+        metavar="NAME|FILE",
+        help=f"{', '.join(SCORERS)}, or a learned scorer's file (default: the config's, or entropy)",
+    )
     add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
     add("--ratios", type=float, nargs="+", help="thresholds relative to the first (default: 1)")
     add("--checkpoint", metavar="FILE", help="weights of the config's model: find the ratios with the least error")

@@ -145,7 +145,11 @@ def main() -> None:
         help="merge patches of SIZE pixels that score below THRESHOLD "
         "(default: the config's, or 5.5 at twice, 4 at 4 times the base)",
     )
-    add("--scorer", choices=SCORERS, help="default: the config's, or entropy, in bits")
+    add(
+        "--scorer",
+        metavar="NAME|FILE",
+        help=f"{', '.join(SCORERS)}, or a learned scorer's file (default: the config's, or entropy, in bits)",
+    )
     add("--show", choices=("grid", "scores", "both"), default="grid", help="default: grid")
     add("--resize", type=int, metavar="PIXELS", help="longer side to resize to, instead of what the config says")
     add("--score", type=float, default=0.3, help="draw boxes from this score on (default: 0.3)")

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from ..layout import PatchLayout
+from ..learned import LearnedScorer
 from ..resample import resample_positions
 from ..rotary import rotation_of, token_positions
 from ..trunk import AdaptiveTrunk
@@ -167,7 +168,7 @@ _ADAPTED = {VisionTransformer: AdaptiveVisionTransformer, Eva: AdaptiveEva}
 def adapt(
     model: nn.Module,
     thresholds: Mapping[int, float] | None = None,
-    scorer: str = "entropy",
+    scorer: str | LearnedScorer = "entropy",
     merge: str = "apt",
     keep_prefix: bool = True,
     **options,

@@ -1,0 +1,243 @@
+"""Learned scorers: what distillation learns, and that a file works wherever a scorer's name is taken."""
+
+import random
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from apt_backbones import adapt, score_patches
+from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
+from apt_backbones.distill import Prototypes, Views, ViewSettings, cut_view, make_views, merging_losses, train_scorer
+from apt_backbones.learned import LearnedScorer, ScorerTail, load_scorer
+
+PATCH, SIZES = 4, (8, 16)
+MEAN, STD = (120.0, 115.0, 105.0), (58.0, 57.0, 56.0)
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    torch.manual_seed(0)
+    return LearnedScorer(nn.Conv2d(3, 8, PATCH, PATCH), ScorerTail(8, 2), {"model": "random"})
+
+
+@pytest.fixture(scope="module")
+def file(scorer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("scorer") / "scorer.safetensors"
+    scorer.save(path)
+    return str(path)
+
+
+def scene(chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A noisy object on a plain ground of two colours, and the class of every base cell. Entropy finds the noise,
+    which is of one class, and misses the border between the plain colours, which are two."""
+    classes = torch.zeros(3, 16, 16)
+    image = torch.empty(3, 64, 64)
+    at = int(torch.randint(5, 11, (), generator=chance))
+    image[:, :, : at * PATCH], image[:, :, at * PATCH :] = (
+        torch.tensor(color)[:, None, None] for color in ([60.0, 70, 80], [80.0, 70, 60])
+    )
+    classes[0, :, :at], classes[1, :, at:] = 1, 1
+    top = 2 * int(torch.randint(0, 5, (), generator=chance))
+    image[:, top * PATCH : (top + 8) * PATCH, : 4 * PATCH] = torch.rand(3, 32, 16, generator=chance) * 255
+    classes[:, top : top + 8, :4] = torch.tensor([0.0, 0, 1])[:, None, None]
+    return image.round(), classes
+
+
+def scenes(count: int, seed: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    chance = torch.Generator().manual_seed(seed)
+    images, classes = (torch.stack(part) for part in zip(*(scene(chance) for _ in range(count))))
+    return images, dict(zip(SIZES, merging_losses(classes, (2, 4))))
+
+
+def avoided(scores: torch.Tensor, losses: torch.Tensor) -> float:
+    """Share of the mean loss that is avoided if the 70 % of least score are merged."""
+    scores, losses = scores.flatten(), losses.flatten()
+    chosen = scores.argsort()[: int(0.7 * len(scores))]
+    return 1 - float(losses[chosen].mean() / losses.mean())
+
+
+def test_distilled_it_ranks_patches_better_than_entropy(tmp_path):
+    images, losses = scenes(48, 0)
+    unseen, true = scenes(16, 1)
+    views, held_out = Views(images.byte(), losses), Views(unseen.byte(), true)
+    projection = nn.Conv2d(3, 24, PATCH, PATCH)
+    arguments = dict(epochs=15, batch=4, width=16, state=tmp_path / "state.pth")
+    scorer, curve = train_scorer([views], [held_out], projection, MEAN, STD, **arguments)
+    other, again = train_scorer([views], [held_out], projection, MEAN, STD, **arguments)  # all from the state
+    assert again == curve and len(curve) == 15 and curve[-1].avoided > 0.9
+    ours, entropy = score_patches(unseen, SIZES, scorer), score_patches(unseen, SIZES)
+    for size in SIZES:
+        assert torch.equal(ours[size], score_patches(unseen, SIZES, other)[size])
+        assert (ours[size] >= 0).all()
+    assert avoided(ours[8], true[8]) > 0.9 > 0.5 > avoided(entropy[8], true[8])
+    assert float(ours[8].mean()) == pytest.approx(float(true[8].mean()), rel=0.5), "scores are expected losses"
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
+    images, losses = scenes(16, 0)
+    views = Views(images.byte(), losses)
+    projection = nn.Conv2d(3, 8, PATCH, PATCH)
+    arguments = dict(epochs=3, batch=8, width=8)
+
+    def stop(epoch):
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    whole, curve = train_scorer([views], [views], projection, MEAN, STD, **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train_scorer([views], [views], projection, MEAN, STD, **arguments, state=tmp_path / "s.pth", report=stop)
+    resumed, same = train_scorer([views], [views], projection, MEAN, STD, **arguments, state=tmp_path / "s.pth")
+    assert all(one == pytest.approx(other) for one, other in zip(same, curve, strict=True))
+    ours, theirs = (score_patches(images, SIZES, scorer)[8] for scorer in (whole, resumed))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_folded_scorer_says_what_the_trained_one_says():
+    images, losses = scenes(8, 0)
+    views = Views(images.byte(), losses)
+    projection = nn.Conv2d(3, 8, PATCH, PATCH)
+    scorer, curve = train_scorer([views], [views], projection, MEAN, STD, epochs=1, batch=8, width=8)
+    scores = score_patches(images, SIZES, scorer)[8]
+    inside = scores > 0  # plain patches score 0
+    correlation = torch.corrcoef(
+        torch.stack([scores.log()[inside], (losses[8] + 0.01 * losses[8].mean()).log()[inside]])
+    )
+    assert -1 < float(correlation[0, 1]) <= 1 and 0 < inside.float().mean() < 1
+    assert curve[0].epoch == 1
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (37, 53), (3, 70), (16, 15)])
+def test_scores_of_any_image_size(scorer, shape):
+    images = (torch.rand(2, 3, *shape) * 255).round()
+    scores = score_patches(images, SIZES, scorer)
+    for size in SIZES:
+        rows, columns = shape[0] // size, shape[1] // size
+        assert scores[size].shape == (2, -(-shape[0] // size), -(-shape[1] // size))
+        assert scores[size].dtype == torch.float32 and (scores[size] > 0).all()
+        assert scores[size][:, :rows, :columns].isfinite().all()
+        assert scores[size][:, rows:].isinf().all() and scores[size][:, :, columns:].isinf().all()
+    alone = score_patches(images[1:], SIZES, scorer)
+    torch.testing.assert_close(alone[8], scores[8][1:], rtol=1e-6, atol=0)
+
+
+def test_the_decision_depends_neither_on_autocast_nor_on_threads(scorer):
+    images = (torch.rand(2, 3, 64, 64) * 255).round()
+    expected = score_patches(images, SIZES, scorer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score_patches(images, SIZES, scorer)
+    assert all(torch.equal(found[size], expected[size]) for size in SIZES)
+    half = score_patches(images.half(), SIZES, scorer)  # whole numbers up to 255 are exact
+    assert all(torch.equal(half[size], expected[size]) for size in SIZES)
+
+
+def test_plain_patches_score_nothing_and_broken_images_nan(scorer):
+    images = (torch.rand(3, 3, 32, 32) * 255).round()
+    images[0, :, :16, :16] = 124
+    images[1, 0, 0, 0] = torch.nan
+    images[2, 0, 0, 0] = torch.inf
+    scores = score_patches(images, SIZES, scorer)
+    assert (scores[8][0, :2, :2] == 0).all() and scores[16][0, 0, 0] == 0 and (scores[8][0] > 0).sum() == 12
+    assert scores[8][1].isnan().all() and scores[8][2].isnan().all()
+
+
+def test_a_file_is_the_scorer(scorer, file):
+    images = (torch.rand(2, 3, 40, 48) * 255).round()
+    loaded = load_scorer(file)
+    assert loaded.origin == {"model": "random"} and loaded.sizes == SIZES
+    expected = score_patches(images, SIZES, scorer)
+    for given in (file, loaded):
+        found = score_patches(images, SIZES, given)
+        assert all(torch.equal(found[size], expected[size]) for size in SIZES)
+    assert torch.equal(score_patches(images, (8,), file)[8], expected[8]), "the smaller sizes alone"
+
+
+def test_files_that_are_no_scorer(file, tmp_path):
+    weights = load_file(file)
+    about = {"format": "apt_backbones.learned_scorer", "version": "1", "patch_size": "4", "sizes": "[8, 16]"}
+    about["origin"] = "{}"
+    cases = {
+        "no learned scorer": (weights, {}),
+        "version 9": (weights, {**about, "version": "9"}),
+        "damaged: it does": ({**weights, "0.bias": torch.zeros(3)}, about),
+        "not finite": ({**weights, "0.bias": weights["0.bias"] * torch.nan}, about),
+    }
+    for number, (message, (content, metadata)) in enumerate(cases.items()):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(content, path, metadata)
+        with pytest.raises(ValueError, match=message) as raised:
+            load_scorer(path)
+        assert "\n" not in str(raised.value)
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    with pytest.raises(ValueError, match="no readable"):
+        load_scorer(tmp_path / "noise.safetensors")
+    with pytest.raises(FileNotFoundError, match="distill_scorer"):
+        score_patches(torch.rand(1, 3, 8, 8), (8,), str(tmp_path / "none.safetensors"))
+
+
+def test_other_patch_sizes_are_refused(file):
+    with pytest.raises(ValueError, match=r"patches of 8, 16 pixels on base patches of 4; it cannot score"):
+        score_patches(torch.rand(1, 3, 64, 64), (32,), file)
+    with pytest.raises(ValueError, match="cannot score"):
+        adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0), {32: 0.1}, file)
+
+
+def test_calibrated_it_drives_an_adapted_network(file):
+    vit = timm.create_model("vit_tiny_patch16_224", patch_size=4, img_size=64, depth=1, num_classes=0).eval()
+    images = (torch.rand(2, 3, 64, 64) * 255).round()
+    maps = [score_maps_of(image[None], SIZES, file) for image in images]
+    thresholds = calibrate_thresholds(maps, PATCH, 0.6)
+    assert float(kept_shares(maps, thresholds, PATCH).mean()) == pytest.approx(0.6, abs=0.02)
+    vit = adapt(vit, thresholds, file, merge="resizing")
+    normalized = (images / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        vit.forward_features(normalized)
+        assert vit.last_layout.num_patches and sum(vit.last_layout.num_patches) < 0.63 * 2 * 256
+    assert vit.state_dict().keys().isdisjoint({"scorer"}), "the scorer is no weight of the network"
+
+
+def test_views_are_cut_alike_and_kept(tmp_path):
+    chance = random.Random(0)
+    for number in range(3):
+        Image.effect_noise((60 + 10 * number, 50), 80).convert("RGB").save(tmp_path / f"{number}.png")
+    settings = ViewSettings((48, 64), copies=2)
+    assert cut_view(Image.open(tmp_path / "0.png"), settings, chance).shape == (3, 48, 64)
+    calls = []
+
+    def outputs(pixels):
+        calls.append(len(pixels))
+        return F.avg_pool2d(pixels, 2).softmax(1)  # finer than the base cells
+
+    paths = sorted(tmp_path.glob("*.png"))
+    views = make_views(paths, outputs, SIZES, settings, tmp_path / "views")
+    assert views.pixels.shape == (6, 3, 48, 64) and views.pixels.dtype == torch.uint8
+    assert views.losses[8].shape == (6, 6, 8) and views.losses[16].shape == (6, 3, 4)
+    count = len(calls)
+    again = make_views(paths, outputs, SIZES, settings, tmp_path / "views")
+    assert len(calls) == count and torch.equal(again.pixels, views.pixels)
+
+
+def test_losses_are_divergences():
+    same = torch.full((1, 4, 2, 2), 0.25)
+    apart = torch.eye(4).view(1, 4, 2, 2)
+    assert float(merging_losses(same, (2,))[0]) == pytest.approx(0, abs=1e-6)
+    assert float(merging_losses(apart, (2,))[0]) == pytest.approx(torch.tensor(4.0).log().item())
+    features = torch.randn(2, 5, 4, 4)
+    blocks = features.unflatten(2, (2, 2)).unflatten(4, (2, 2))
+    variance = (blocks - blocks.mean((3, 5), keepdim=True)).square().sum(1).mean((2, 4))
+    torch.testing.assert_close(merging_losses(features, (2,), "features")[0], variance)
+    with pytest.raises(ValueError, match="unknown outputs"):
+        merging_losses(features, (2,), "labels")
+
+
+def test_prototypes_tell_clusters_apart():
+    centers = torch.randn(3, 6) * 5
+    kinds = torch.randint(3, (4, 8, 8))
+    maps = (centers[kinds] + 0.1 * torch.randn(4, 8, 8, 6)).permute(0, 3, 1, 2)
+    probabilities = Prototypes.fit([maps], 3)(maps)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(4, 8, 8))
+    assert {len(probabilities.argmax(1)[kinds == kind].unique()) for kind in range(3)} == {1}
