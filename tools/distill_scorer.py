@@ -13,100 +13,56 @@ models). Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An i
 Runs without a GPU.
 """
 
-import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import steps
 import torch
 from cli import parser_of
-from patch_settings import PatchSettings, settings_of, with_longest_side
+from frozen_model import TARGETS, Frozen, frozen_model
+from PIL import Image
 from torch import Tensor
 
-from apt_backbones.distance import dense_features
+from apt_backbones.distance import merging_off
 from apt_backbones.distill import Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import find_images, read_rgb
-from apt_backbones.scores import check_sizes
-from apt_backbones.trunk import AdaptiveTrunk
 
-TARGETS = ("head", "features")
 FITTED_ON = 64  # views whose features are clustered
 LARGEST_VIEW = 512
 
 
-class Dense(NamedTuple):
-    """The frozen model that a scorer is distilled from.
-
-    Attributes:
-        trunk: its trunk.
-        settings: its patches, and how large it sees images.
-        features: normalized images to feature maps (B, C, H, W).
-        head: normalized images to a segmenter's probabilities; None where there is no such head.
-    """
-
-    trunk: AdaptiveTrunk
-    settings: PatchSettings
-    features: Callable[[Tensor], Tensor]
-    head: Callable[[Tensor], Tensor] | None
-
-
-def of_config(config: str, weights: str) -> Dense:
-    """The model of a detection or segmentation configuration."""
-    from mm_model import MMModel
-
-    from apt_backbones.distance import merging_off
-
-    mm = MMModel(config, weights)
-
-    def head(images: Tensor) -> Tensor:
-        metas = [dict(img_shape=images.shape[2:], ori_shape=images.shape[2:], pad_shape=images.shape[2:])] * len(images)
-        with merging_off(mm.trunk):
-            logits = mm.model.encode_decode(images, metas)
-        if logits.shape[1] == 1:
-            return torch.cat([logits.sigmoid(), 1 - logits.sigmoid()], 1)
-        return logits.softmax(1)
-
-    def features(images: Tensor) -> Tensor:
-        return torch.cat(dense_features(mm.trunk, images), 1)
-
-    return Dense(mm.trunk, settings_of(config), features, head if hasattr(mm.model, "decode_head") else None)
-
-
-def of_timm(name: str, weights: str | None, sizes: list[int] | None) -> Dense:
-    """A timm ViT, whose maps after half, three quarters and all of the blocks are taken."""
-    import timm
-
-    from apt_backbones import adapt, read_checkpoint
-    from apt_backbones.backbones.timm_vit import load_timm
-
-    if name not in timm.list_models():
-        raise ValueError(f"{name} is neither a configuration file nor a model of timm's")
-    vit = timm.create_model(name, pretrained=weights is None, num_classes=0, dynamic_img_size=True)
-    patch_size = vit.patch_embed.patch_size[0]
-    sizes = check_sizes(sorted(sizes or [2 * patch_size]))
-    trunk = adapt(vit, dict.fromkeys(sizes, 0.0), merge="resizing")
-    if weights is not None:
-        load_timm(trunk, read_checkpoint(weights))
-    depth = len(trunk.blocks)
-    indices = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
-
-    def features(images: Tensor) -> Tensor:
-        trunk.thresholds = {}
-        return torch.cat(trunk.feature_maps(images, indices, norm=True), 1)
-
-    longest = max(vit.patch_embed.img_size)
-    settings = PatchSettings(patch_size, dict(trunk.thresholds), "entropy", with_longest_side(longest))
-    return Dense(trunk.eval().requires_grad_(False), settings, features, None)
-
-
-def view_size(args: argparse.Namespace, dense: Dense, image) -> tuple[int, int]:
+def view_size(asked: Sequence[int] | None, frozen: Frozen, image: Image.Image) -> tuple[int, int]:
     """Height and width of a view: what is asked for, or what the model sees of an image, in whole largest patches."""
-    largest = max(dense.settings.thresholds)
-    sides = args.view or [min(side, LARGEST_VIEW) for side in dense.settings.prepare(image).size[::-1]]
-    return tuple(max(2, side // largest) * largest for side in (sides * 2)[:2])
+    largest = max(frozen.settings.thresholds)
+    sides = asked or [min(side, LARGEST_VIEW) for side in frozen.settings.prepare(image).size[::-1]]
+    height, width = (max(2, side // largest) * largest for side in (*sides, *sides)[:2])
+    return height, width
+
+
+def target_of(
+    frozen: Frozen, target: str, views: ViewSettings, paths: Sequence[Path], prototypes: int
+) -> Callable[[Tensor], Tensor]:
+    """Pixels in 0..255 to what the dense model says of them: the head's probabilities, or the features' clusters."""
+    if target == "head":
+        say = frozen.head
+    else:
+        with steps.announced("clustering features"), torch.no_grad(), merging_off(frozen.trunk):
+            maps = []
+            for path in steps.track(paths[:FITTED_ON], "dense model"):
+                view = cut_view(frozen.settings.prepare(read_rgb(path)), views, random.Random(path.name))
+                maps.append(frozen.features(frozen.normalized(view[None].float())))
+            clusters = Prototypes.fit(maps, prototypes, views.seed)
+
+        def say(images: Tensor) -> Tensor:
+            return clusters(frozen.features(images))
+
+    def outputs(pixels: Tensor) -> Tensor:
+        with merging_off(frozen.trunk):
+            return say(frozen.normalized(pixels))
+
+    return outputs
 
 
 def plot(path: Path, curve: list[Epoch]) -> None:
@@ -154,25 +110,15 @@ def main() -> None:
         raise ValueError(f"--out must name a .safetensors file, got {args.out}")
     if args.view and len(args.view) > 2:
         raise ValueError("--view takes one side, or height and width")
-    is_config = Path(args.model).suffix == ".py"
-    if is_config and not args.weights:
-        raise ValueError("a configuration needs --weights")
-    if is_config and args.sizes:
-        raise ValueError("a configuration has its own sizes; leave out --sizes")
-    dense = of_config(args.model, args.weights) if is_config else of_timm(args.model, args.weights, args.sizes)
-    if args.target == "head" and dense.head is None:
-        raise ValueError(f"{args.model} has no segmentation head; use --target features")
-    target = args.target or ("head" if dense.head else "features")
-    prepare = with_longest_side(args.resize) if args.resize else dense.settings.prepare
-    dense = dense._replace(settings=dense.settings.__class__(**{**vars(dense.settings), "prepare": prepare}))
-
+    frozen = frozen_model(args.model, args.weights, args.sizes, "resizing", args.resize)
+    target = frozen.target(args.target)
     paths, chance = find_images(args.images), random.Random(args.seed)
     if len(paths) < 10:
         raise ValueError(f"{len(paths)} images are too few to learn from and to hold some out; give at least 10")
     paths = chance.sample(paths, min(args.sample, len(paths)))
     held_out, paths = paths[: max(1, len(paths) // 10)], paths[max(1, len(paths) // 10) :]
-    sizes = tuple(dense.settings.thresholds)
-    views = ViewSettings(view_size(args, dense, read_rgb(paths[0])), copies=args.copies, seed=args.seed)
+    sizes = tuple(frozen.settings.thresholds)
+    views = ViewSettings(view_size(args.view, frozen, read_rgb(paths[0])), copies=args.copies, seed=args.seed)
     origin = {
         "model": args.model,
         "weights": steps.fingerprint(args.weights) if args.weights else "timm's",
@@ -184,26 +130,8 @@ def main() -> None:
     listed = [[str(path) for path in part] for part in (paths, held_out)]
     key = steps.digest([origin, views, args.resize, sizes, listed])
     folder = (args.work_dir or args.out.parent / f".{args.out.stem}_distilling") / key
-    trunk = dense.trunk.to(args.device)
-    mean, std = (torch.tensor(x, device=args.device).view(3, 1, 1) for x in (trunk.pixel_mean, trunk.pixel_std))
-
-    def normalized(pixels: Tensor) -> Tensor:
-        return (pixels.to(args.device) - mean) / std
-
-    if target == "head":
-
-        def outputs(pixels: Tensor) -> Tensor:
-            return dense.head(normalized(pixels))
-
-    else:
-        with steps.announced("clustering features"), torch.no_grad():
-            some = [cut_view(prepare(read_rgb(path)), views, random.Random(path.name)) for path in paths[:FITTED_ON]]
-            maps = [dense.features(normalized(view[None].float())) for view in some]
-            prototypes = Prototypes.fit(maps, args.prototypes, args.seed)
-
-        def outputs(pixels: Tensor) -> Tensor:
-            return prototypes(dense.features(normalized(pixels)))
-
+    frozen.model.to(args.device)
+    outputs = target_of(frozen, target, views, paths, args.prototypes)
     made = {}
     for name, part in (("training", paths), ("held-out", held_out)):
         with steps.announced(f"{name} views: {args.copies} of each of {len(part)} images"):
@@ -213,7 +141,7 @@ def main() -> None:
                 sizes,
                 views,
                 folder / name,
-                prepare,
+                frozen.settings.prepare,
                 report=lambda jobs: steps.track(jobs, "dense model"),
             )
 
@@ -227,9 +155,9 @@ def main() -> None:
     scorer, curve = train_scorer(
         [made["training"]],
         [made["held-out"]],
-        trunk.projection(),
-        trunk.pixel_mean,
-        trunk.pixel_std,
+        frozen.trunk.projection(),
+        frozen.trunk.pixel_mean,
+        frozen.trunk.pixel_std,
         epochs=args.epochs,
         seed=args.seed,
         state=folder / f"training_{args.epochs}.pth",
