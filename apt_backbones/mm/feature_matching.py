@@ -1,0 +1,178 @@
+"""A fine-tune without labels: ConvDown and ZeroMLP learn that merged patches give what the dense network gives.
+
+Legend: B images, C channels, H x W base cells.
+"""
+
+import math
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.model import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..distance import merging_off
+from ..distill import ViewSettings, cut_view
+from ..freeze import freeze_host, is_new
+from ..images import read_rgb
+from ..trunk import AdaptiveTrunk, find_trunk
+from .runner import APTRunner
+
+LOSSES = ("features", "probabilities")
+
+
+class RandomViews(Dataset):
+    """Random views of image files, uint8 (3, height, width); item i is the same in every run.
+
+    Args:
+        paths: the files, gone through in a new random order again and again.
+        settings: how views are cut; ``copies`` does not matter.
+        length: number of items.
+        prepare: an image as its file has it -> as large as the model sees it.
+    """
+
+    def __init__(self, paths: Sequence[Path], settings: ViewSettings, length: int, prepare: Callable):
+        self.paths, self.settings, self.length, self.prepare = list(paths), settings, length, prepare
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        turn, place = divmod(index, len(self.paths))
+        order = random.Random(f"{self.settings.seed} {turn}").sample(range(len(self.paths)), len(self.paths))
+        image = self.prepare(read_rgb(self.paths[order[place]]))
+        return cut_view(image, self.settings, random.Random(f"{self.settings.seed} {index}"))
+
+
+class FeatureMatching(BaseModel):
+    """What trains: the model with merging learns to say what it says without.
+
+    Args:
+        model: with an adaptive trunk that merges; all but its new layers are frozen.
+        outputs: pixels (B, 3, height, width) in 0..255 to feature maps or probabilities (B, C, ...), by this model.
+        loss: "features" (squared distance over the dense features' variance, channel by channel) or "probabilities"
+            (Kullback-Leibler divergence from the dense ones).
+
+    Raises:
+        ValueError: the model has no new layers, or its trunk merges nothing.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Callable[[Tensor], Tensor], loss: str = "features"):
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
+        self.model = freeze_host(model)
+        self.trunk_of_model = [find_trunk(model)]  # in a list: its weights belong to the model
+        if not any(self.trunk.thresholds.values()):
+            raise ValueError("nothing merges under these thresholds, so there is nothing to learn")
+        self.outputs, self.loss = outputs, loss
+
+    @property
+    def trunk(self) -> AdaptiveTrunk:
+        return self.trunk_of_model[0]
+
+    def init_weights(self) -> None:
+        """Nothing: mmengine's would draw the frozen weights of timm's networks anew."""
+
+    def forward(self, pixels: Tensor, mode: str = "loss") -> dict[str, Tensor]:
+        """``loss``, and for the log ``distance``, the same, and ``kept``, the share of tokens."""
+        pixels = pixels.float()
+        with torch.no_grad(), merging_off(self.trunk):
+            dense = self.outputs(pixels).float()
+        merged = self.outputs(pixels).float()
+        layout = self.trunk.last_layout
+        if self.loss == "features":
+            variance_C = dense.var((0, 2, 3)).clamp(min=1e-6)
+            distance = ((merged - dense).square().mean((0, 2, 3)) / variance_C).mean()
+        else:
+            logarithms = [part.clamp(min=1e-8).log() for part in (dense, merged)]
+            distance = (dense * (logarithms[0] - logarithms[1])).sum(1).mean()
+        patches = layout.num_tokens - layout.batch_size * layout.num_prefix
+        kept = patches / (layout.batch_size * math.prod(layout.grid))
+        return {"loss": distance, "distance": distance.detach(), "kept": distance.new_tensor(kept)}
+
+
+def finetune_features(
+    model: nn.Module,
+    outputs: Callable[[Tensor], Tensor],
+    paths: Sequence[Path],
+    views: ViewSettings,
+    work_dir: Path,
+    loss: str = "features",
+    iterations: int = 1000,
+    batch: int = 4,
+    rate: float = 1e-3,
+    workers: int = 2,
+    prepare: Callable = lambda image: image,
+) -> dict[str, list[float]]:
+    """Train a model's new layers in place; an interrupted run goes on from its last checkpoint.
+
+    Args:
+        model, outputs, loss: see ``FeatureMatching``.
+        paths: image files.
+        views: how training views are cut from them.
+        work_dir: for mmengine's logs and checkpoints.
+        iterations, batch: steps, and views of a step.
+        rate: the highest learning rate, of AdamW.
+        workers: processes that read images.
+        prepare: an image as its file has it -> as large as the model sees it.
+
+    Returns:
+        The curve: name -> value of every iteration ("distance", "kept").
+    """
+    dataset = RandomViews(paths, views, iterations * batch, prepare)
+    warm_up = max(1, iterations // 10)
+    runner = APTRunner(
+        FeatureMatching(model, outputs, loss),
+        str(work_dir),
+        train_dataloader=DataLoader(
+            dataset, batch, sampler=DefaultSampler(dataset, shuffle=False), num_workers=workers, collate_fn=_collate
+        ),
+        train_cfg=dict(by_epoch=False, max_iters=iterations),
+        optim_wrapper=dict(
+            optimizer=dict(type="AdamW", lr=rate, weight_decay=0.0), clip_grad=dict(max_norm=1.0, norm_type=2)
+        ),
+        param_scheduler=[
+            dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=warm_up),
+            dict(type="CosineAnnealingLR", by_epoch=False, begin=warm_up, T_max=iterations - warm_up),
+        ],
+        default_hooks=dict(
+            logger=dict(type="LoggerHook", interval=10),
+            checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(1, iterations // 20), max_keep_ckpts=1),
+        ),
+        resume=True,
+        default_scope="mmengine",
+        experiment_name=f"finetune_features_{uuid.uuid4().hex}",  # mmengine refuses to use a name twice in a process
+    )
+    runner.train()
+    curve = {name: runner.message_hub.get_scalar(f"train/{name}").data[0].tolist() for name in ("distance", "kept")}
+    model.eval()
+    return curve
+
+
+def _collate(views: list[Tensor]) -> dict[str, Tensor]:
+    return {"pixels": torch.stack(views)}
+
+
+def save_new_layers(model: nn.Module, path: str | Path) -> None:
+    """Write the new layers of a model's trunk as safetensors."""
+    weights = find_trunk(model).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items() if is_new(name)}, path)
+
+
+def load_new_layers(model: nn.Module, path: str | Path) -> None:
+    """Load what ``save_new_layers`` wrote into a model with the same new layers.
+
+    Raises:
+        ValueError: the layers are not those of the model's trunk.
+    """
+    weights, trunk = load_file(path), find_trunk(model)
+    own = {name: tensor.shape for name, tensor in trunk.state_dict().items() if is_new(name)}
+    if {name: tensor.shape for name, tensor in weights.items()} != own:
+        raise ValueError(f"{path} does not hold the {len(own)} new layers' tensors of this model's trunk")
+    trunk.load_state_dict(weights, strict=False)

@@ -1,0 +1,106 @@
+"""A fine-tune without labels: the new layers, and only they, learn what merging costs."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from apt_backbones import adapt
+from apt_backbones.distill import ViewSettings
+from apt_backbones.freeze import is_new
+from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features, load_new_layers, save_new_layers
+
+
+@pytest.fixture
+def paths(tmp_path):
+    chance = torch.Generator().manual_seed(0)
+    for number in range(4):
+        pixels = torch.rand(40, 40, 3, generator=chance).mul(255).byte().numpy()
+        Image.fromarray(pixels).resize((80, 80), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
+    return sorted(tmp_path.glob("*.png"))
+
+
+def network(threshold=float("inf")):
+    torch.manual_seed(1)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", patch_size=4, img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=0
+    )
+    return adapt(vit, {8: threshold}, merge="apt").eval()
+
+
+def outputs_of(vit):
+    return lambda pixels: torch.cat(vit.feature_maps((pixels - 128) / 64), 1)
+
+
+def run(vit, paths, work_dir, iterations=40, **options):
+    views = ViewSettings((32, 32))
+    return finetune_features(
+        vit, outputs_of(vit), paths, views, work_dir, iterations=iterations, rate=1e-2, workers=0, **options
+    )
+
+
+def test_the_distance_falls_and_only_new_layers_change(paths, tmp_path):
+    vit = network()
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    curve = run(vit, paths, tmp_path / "run")["distance"]
+    assert len(curve) == 40 and sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    changed = {name for name, tensor in vit.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if is_new(name)}
+    save_new_layers(vit, tmp_path / "new.safetensors")
+    other = network()
+    load_new_layers(other, tmp_path / "new.safetensors")
+    pixels = torch.rand(1, 3, 32, 32) * 255
+    assert torch.equal(outputs_of(vit)(pixels), outputs_of(other)(pixels))
+
+
+def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):
+    whole = network()
+    curve = run(whole, paths, tmp_path / "whole")
+    forward, calls = FeatureMatching.forward, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) == 31:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FeatureMatching, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(network(), paths, tmp_path / "parts")
+    calls.clear()
+    resumed = network()
+    again = run(resumed, paths, tmp_path / "parts")
+    assert len(calls) == 10
+    assert again["distance"] == pytest.approx(curve["distance"], rel=1e-4)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_probabilities(paths, tmp_path):
+    vit = network()
+    features = outputs_of(vit)
+    views = ViewSettings((32, 32))
+    curve = finetune_features(
+        vit,
+        lambda pixels: features(pixels).softmax(1),
+        paths,
+        views,
+        tmp_path / "run",
+        loss="probabilities",
+        iterations=20,
+        rate=1e-2,
+        workers=0,
+    )["distance"]
+    assert min(curve) >= 0 and sum(curve[-5:]) < sum(curve[:5])
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    vit = network(0.0)
+    with pytest.raises(ValueError, match="nothing merges"):
+        FeatureMatching(vit, outputs_of(vit))
+    with pytest.raises(ValueError, match="unknown loss"):
+        FeatureMatching(network(), outputs_of(vit), "labels")
+    save_new_layers(vit, tmp_path / "new.safetensors")
+    wider = adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), {32: 5.0})
+    with pytest.raises(ValueError, match="new layers"):
+        load_new_layers(wider, tmp_path / "new.safetensors")

@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Train a model's new layers (ConvDown, ZeroMLP) on your own images, without labels.
+
+examples:
+  python tools/finetune_features.py det_configs/eva02_tiny_apt_photoshapes.py \\
+      --images data/photoshapes/images/training \\
+      --weights det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors --out new_layers.safetensors
+  python tools/finetune_features.py vit_small_patch14_dinov2 --weights dinov2_s14.safetensors --images photos/ \\
+      --resize 518 --scorer scorer.safetensors --keep 0.6 --out new_layers.safetensors
+
+With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. The
+file holds the new layers only. An interrupted run goes on where it stopped. Runs without a GPU.
+"""
+
+from pathlib import Path
+
+import steps
+import torch
+from cli import parser_of
+from distill_scorer import view_size
+from frozen_model import TARGETS, frozen_model
+from torch import Tensor
+
+from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
+from apt_backbones.distill import ViewSettings
+from apt_backbones.images import find_images, read_rgb, to_tensor
+
+CALIBRATED_ON = 200
+
+
+def plot(path: Path, curve: list[float], what: str) -> None:
+    """The distance to the dense model over the iterations, and its running mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    window = max(1, len(curve) // 20)
+    means = torch.tensor(curve).unfold(0, window, 1).mean(1)
+    axes.plot(range(1, len(curve) + 1), curve, alpha=0.3)
+    axes.plot(range(window, len(curve) + 1), means, label=f"mean of {window} iterations")
+    axes.set(xlabel="iteration", ylabel=f"distance of the {what} to the dense model's", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("model", help="configuration of an adaptive detector or segmenter, or the name of a timm ViT")
+    add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
+    add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
+    add("--out", type=Path, required=True, metavar="FILE", help="where the new layers go, a .safetensors file")
+    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
+    add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
+    add("--scorer", help="name or file (default: the configuration's, or entropy)")
+    add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
+    add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
+    add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
+    add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
+    add("--batch", type=int, default=4, help="views of a step (default: 4)")
+    add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
+    add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
+    add("--plot", type=Path, metavar="PNG", help="also plot the curve")
+    args = parser.parse_args()
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"--out must name a .safetensors file, got {args.out}")
+    from apt_backbones.mm.feature_matching import finetune_features, save_new_layers
+
+    torch.manual_seed(args.seed)
+    frozen = frozen_model(args.model, args.weights, args.sizes, "apt", args.resize)
+    target, trunk, prepare = frozen.target(args.target), frozen.trunk, frozen.settings.prepare
+    paths = find_images(args.images)
+    trunk.scorer = args.scorer or trunk.scorer
+    if args.keep:
+        some = paths[:: -(-len(paths) // CALIBRATED_ON)]
+        maps = [
+            score_maps_of(to_tensor(prepare(read_rgb(path))), tuple(trunk.thresholds), trunk.scorer)
+            for path in steps.track(some, "scoring")
+        ]
+        trunk.thresholds = calibrate_thresholds(maps, trunk.patch_size, args.keep)
+        print(f"thresholds={trunk.thresholds}")
+    elif not any(trunk.thresholds.values()):
+        raise ValueError("the model has no thresholds; give a share of tokens with --keep")
+    frozen.model.to(args.device)
+    say = frozen.head if target == "head" else frozen.features
+
+    def outputs(pixels: Tensor) -> Tensor:
+        return say(frozen.normalized(pixels))
+
+    views = ViewSettings(view_size(args.view, frozen, read_rgb(paths[0])), seed=args.seed)
+    key = [
+        args.model,
+        args.weights,
+        args.scorer,
+        trunk.thresholds,
+        target,
+        views,
+        args.iterations,
+        args.batch,
+        args.rate,
+    ]
+    work_dir = args.work_dir or args.out.parent / f".{args.out.stem}_training"
+    loss = "probabilities" if target == "head" else "features"
+    curve = finetune_features(
+        frozen.model,
+        outputs,
+        paths,
+        views,
+        work_dir / steps.digest([key, [str(path) for path in paths]]),
+        loss,
+        args.iterations,
+        args.batch,
+        args.rate,
+        prepare=prepare,
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_new_layers(frozen.model, args.out)
+    if args.plot:
+        plot(args.plot, curve["distance"], "probabilities" if target == "head" else "features")
+    tenth = max(1, len(curve["distance"]) // 10)
+    first, last = (sum(part) / len(part) for part in (curve["distance"][:tenth], curve["distance"][-tenth:]))
+    kept = sum(curve["kept"]) / len(curve["kept"])
+    print(f"{args.out}: distance to the dense model {first:.4f} -> {last:.4f}, {kept:.1%} of the tokens kept")
+
+
+if __name__ == "__main__":
+    steps.run(main)
