@@ -96,12 +96,13 @@ class LearnedScorer:
         self.check_sizes(sizes)
         height, width = images.shape[2:]
         with torch.autocast(images.device.type, enabled=False):
-            pixels = images.double().clamp(0, 255)
+            images = images.clamp(0, 255)
             bottom, right = (-side % self.sizes[-1] for side in (height, width))
-            logs = self._net(images.device)(F.pad(pixels, (0, right, 0, bottom), mode="replicate"))
+            whole = F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
+            logs = self._net(images.device)(whole.double())
             scores = [log[:, : height // size, : width // size].exp() for size, log in zip(sizes, logs)]
         # A patch of one colour, padding above all, loses nothing.
-        return [(score * _varies(pixels, size)).float() for size, score in zip(sizes, scores)]
+        return [(score * _varies(images, size)).float() for size, score in zip(sizes, scores)]
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -190,4 +191,4 @@ def _varies(pixels: Tensor, size: int) -> Tensor:
     """Whether each patch that lies inside has more than one colour (B, H * p // size, W * p // size)."""
     rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
     blocks = pixels[:, :, : rows * size, : columns * size].unflatten(2, (rows, size)).unflatten(4, (columns, size))
-    return (blocks.amax((3, 5)) > blocks.amin((3, 5))).any(1)
+    return (blocks != blocks[:, :, :, :1, :, :1]).amax((1, 3, 5))

