@@ -80,6 +80,15 @@ def test_every_setting_has_a_name_and_lines():
     assert line["tokens"] == 302 and line["mIoU"] == 41.23 and line["seed"] == 0 and line["ms"] == 3.1
 
 
+def test_gains_are_over_dense_images_of_as_many_tokens():
+    line = dict(split="test", scorer=None, head=equal_tokens.KEPT_HEAD, seed=0, ms=1.0)
+    dense = [{**line, "method": "dense", "image": "a", "tokens": t, "mIoU": v} for t, v in ((100, 40.0), (200, 44.0))]
+    own = [{**part, "image": "a", "head": "a", "mIoU": 40.0} for part in dense]
+    apt = [{**line, "method": "apt", "image": "b", "tokens": t, "mIoU": 43.0, "scorer": "learned"} for t in (150, 300)]
+    first, second = equal_tokens.gains(dense + own + apt)
+    assert first["kept"] == 1.0 and first["own"] == 3.0 and second["kept"] is None
+
+
 def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timm.models.vision_transformer, "_create_vision_transformer", _small(timm))
     chance = np.random.default_rng(0)

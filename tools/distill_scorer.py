@@ -113,8 +113,8 @@ def main() -> None:
     frozen = frozen_model(args.model, args.weights, args.sizes, "resizing", args.resize)
     target = frozen.target(args.target)
     paths, chance = find_images(args.images), random.Random(args.seed)
-    if len(paths) < 10:
-        raise ValueError(f"{len(paths)} images are too few to learn from and to hold some out; give at least 10")
+    if len(paths) < 2:
+        raise ValueError(f"{len(paths)} images are too few to learn from some and to hold out others")
     paths = chance.sample(paths, min(args.sample, len(paths)))
     held_out, paths = paths[: max(1, len(paths) // 10)], paths[max(1, len(paths) // 10) :]
     sizes = tuple(frozen.settings.thresholds)
