@@ -261,7 +261,7 @@ class Study:
 
         return self.kept(f"{split}_{setting.name}", measure)
 
-    def times(self, settings: list[Setting], count: int = 5, rounds: int = 3) -> dict[str, float]:
+    def times(self, settings: list[Setting], count: int = 4, rounds: int = 3) -> dict[str, float]:
         """Milliseconds of CPU time per image, scoring included: batch 1, float32, one thread; settings take turns,
         the median over the rounds is averaged over images of the test split."""
 
@@ -270,14 +270,14 @@ class Study:
             paths = self.paths["test"][:: len(self.paths["test"]) // count][:count]
             original = adapt(build(self.weights), None)
             spent: dict[str, list[float]] = {setting.name: [] for setting in settings}
-            for path in track(paths, "timing", console=console):
+            for number, path in enumerate(track(paths, "timing", console=console)):
                 of_image: dict[str, list[float]] = {setting.name: [] for setting in settings}
-                for round_ in range(rounds + 1):
+                for warming_up in [True] * (number == 0) + [False] * rounds:
                     for setting in settings:
                         pixels = read_images([path], setting.image)
                         with self.as_set(setting):
                             taken = cpu_seconds(self.forward_of(setting, original), pixels)
-                        if round_:  # the first warms up
+                        if not warming_up:
                             of_image[setting.name].append(1000 * taken)
                 for name, values in of_image.items():
                     spent[name].append(statistics.median(values))

@@ -240,3 +240,25 @@ def test_prototypes_tell_clusters_apart():
     probabilities = Prototypes.fit([maps], 3)(maps)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(4, 8, 8))
     assert {len(probabilities.argmax(1)[kinds == kind].unique()) for kind in range(3)} == {1}
+
+
+def test_llava_s_configuration_and_processor_name_the_file(tmp_path):
+    from llava_apt.configuration import AptClipVisionConfig
+    from llava_apt.image_processing import LlavaAptImageProcessor
+
+    torch.manual_seed(0)
+    file = str(tmp_path / "scorer.safetensors")
+    LearnedScorer(nn.Conv2d(3, 8, 14, 14), ScorerTail(8, 1)).save(file)
+    settings = dict(thresholds={28: 1.0}, scorer=file)
+    AptClipVisionConfig(patch_size=14, **settings).save_pretrained(tmp_path)
+    assert AptClipVisionConfig.from_pretrained(tmp_path).scorer == file
+    processor = LlavaAptImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, **settings)
+    processor.save_pretrained(tmp_path)
+    processor = LlavaAptImageProcessor.from_pretrained(tmp_path)
+    image = Image.effect_noise((56, 56), 80).convert("RGB")
+    pixels = torch.tensor(list(image.getdata()), dtype=torch.float32).T.view(1, 3, 56, 56)
+    expected = torch.where(score_patches(pixels, (28,), file)[28] < 1.0, 28, 14)
+    sides = processor(image, return_tensors="pt")["patch_sides"]
+    assert torch.equal(sides[:, ::2, ::2], expected)
+    with pytest.raises(FileNotFoundError, match="no scorer"):
+        AptClipVisionConfig(scorer=str(tmp_path / "other.safetensors"))
