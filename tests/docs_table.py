@@ -48,6 +48,7 @@ SUBSTITUTIONS = (
     ("photoshapes_results.py det", "photoshapes_results.py det --out made_results"),
     ("photoshapes_results.py seg", "photoshapes_results.py seg --out made_results"),
     ("--error-sample 100", "--error-sample 2"),
+    ("--iterations 1000", "--iterations 2"),
     # LLaVA: a random model of 2 layers, and PhotoShapes' questions instead of benchmarks to be downloaded.
     ("llava-hf/llava-1.5-7b-hf", "llava-tiny"),
     ("benchmark.py llava-1.5-7b", "benchmark.py llava-tiny"),
