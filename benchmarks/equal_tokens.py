@@ -419,7 +419,7 @@ def draw(path: Path, results: list[dict]) -> None:
                 label=name,
                 linestyle=style,
                 marker="o" if style != ":" else "x",
-                color="black" if index == 0 else "grey" if index == 1 else f"C{index - 2}",
+                color="black" if index == 0 else "grey" if index == 1 else f"C{(0, 1, 2, 3, 4, 5, 6, 8, 9)[index - 2]}",
                 capsize=2,
             )
         panel.set(xlabel=label)
