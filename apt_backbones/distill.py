@@ -7,7 +7,6 @@ Legend: N, B images, C channels of the output, H x W base cells.
 """
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import write_atomically
 from .images import read_rgb
 from .learned import LearnedScorer, ScorerTail, fold
 
@@ -247,7 +247,8 @@ def train_scorer(
             best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         if state is not None:
             kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
-            save_whole(state, {**kept, "curve": [tuple(line) for line in curve]})
+            content = {**kept, "curve": [tuple(line) for line in curve]}
+            write_atomically(state, lambda unfinished: torch.save(content, unfinished))  # noqa: B023
         report(curve[-1])
     net.load_state_dict(best)
     return net.folded(scale), curve
@@ -255,18 +256,8 @@ def train_scorer(
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-    os.replace(unfinished, path)
-
-
-def save_whole(path: Path, content: object) -> None:
-    """``torch.save`` a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda unfinished: save_file(tensors, unfinished))
 
 
 class _Student(nn.Module):

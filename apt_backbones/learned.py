@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import write_atomically
+
 FORMAT = "apt_backbones.learned_scorer"
 VERSION = "1"
 SUFFIX = ".safetensors"
@@ -110,7 +112,7 @@ class LearnedScorer:
         weights = {name: tensor.float().contiguous() for name, tensor in net.state_dict().items()}
         about = {"format": FORMAT, "version": VERSION, "patch_size": str(self.patch_size)}
         about |= {"sizes": json.dumps(self.sizes), "origin": json.dumps(self.origin)}
-        save_file(weights, path, about)
+        write_atomically(path, lambda unfinished: save_file(weights, unfinished, about))
 
     def _net(self, device: torch.device) -> nn.Module:
         if device not in self._nets:

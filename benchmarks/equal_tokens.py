@@ -12,7 +12,6 @@ on where it stopped.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, merging_losses, save_tensors, train_scorer
+from apt_backbones.files import write_atomically
 from apt_backbones.scores import SCORERS
 
 from . import tome
@@ -301,7 +301,7 @@ class Study:
         """The result of a step, from an earlier run if there is one."""
         file = self.work_dir / "steps" / f"{name}.json"
         if not file.is_file():
-            write_text(file, json.dumps(function()))
+            write_atomically(file, json.dumps(function()))
         return json.loads(file.read_text())
 
 
@@ -310,14 +310,6 @@ def cpu_seconds(function: Callable[[Tensor], object], pixels: Tensor) -> float:
     started = time.thread_time()
     function(pixels)
     return time.thread_time() - started
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> list[dict]:
@@ -458,7 +450,7 @@ def main() -> None:
         "gains": gains(results),
         "results": results,
     }
-    write_text(args.out, json.dumps(content, indent=1) + "\n")
+    write_atomically(args.out, json.dumps(content, indent=1) + "\n")
     draw(args.out.with_suffix(".png"), results)
 
 

@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from apt_backbones.calibrate import kept_shares, score_maps_of
+from apt_backbones.files import write_atomically
 from apt_backbones.images import find_images, read_rgb, to_tensor
 
 GREY = (124.0, 116.0, 104.0)  # what padding with the mean colour looks like to a scorer
@@ -114,7 +115,7 @@ def main() -> None:
         print(f"{task.name}: " + ", ".join(f"{k} {v:.1%}" for k, v in line.items() if isinstance(v, float)))
     if args.out:
         about = {"images": [path.stem for path in paths], "results": results}
-        args.out.write_text(json.dumps(about, indent=1) + "\n")
+        write_atomically(args.out, json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from tools.cli import parser_of
 from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
 from examples.report import AFTER, BEFORE, DENSE, thresholds_of, write_report
-from examples.steps import Steps, console, fingerprint, run
 from tools.machine import hardware
 from tools.results import columns, read_table
+from tools.steps import Steps, console, fingerprint, run
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = {

@@ -24,7 +24,6 @@ from examples import photoshapes_vqa_results as vqa
 from examples.demo_page import data_uri
 from examples.demo_pictures import patch_legend, patches, spread
 from examples.report import AFTER, DENSE
-from examples.steps import Steps, announced, console, digest, fingerprint, track
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
 from llava_apt.finetune import finetune, parser
@@ -34,6 +33,7 @@ from llava_apt.prompt import question_prompt
 from llava_apt.run_folder import last_checkpoint
 from tools import drawing
 from tools.mm_config import advice_for
+from tools.steps import Steps, announced, console, digest, fingerprint, track
 
 # About 100 steps. New layers of so small a model take a larger learning rate than LLaVA's, and more steps are better.
 FRACTION, BATCH, LEARNING_RATE = 0.05, 32, 3e-3

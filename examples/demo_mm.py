@@ -23,8 +23,8 @@ from examples.photoshapes_results import (
     quiet,
     scorer_of,
 )
-from examples.steps import fingerprint
 from tools import drawing
+from tools.steps import fingerprint
 
 SURE = 0.5  # score from which on a detection is drawn
 

@@ -36,10 +36,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from tools.cli import parser_of
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 from examples.report import AFTER, BEFORE, DENSE, write_report
-from examples.steps import Steps, announced, console, digest, fingerprint, run, track
 from tools.compare import METRICS
 from tools.machine import hardware
 from tools.mm_config import advice_for
+from tools.steps import Steps, announced, console, digest, fingerprint, run, track
 
 PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3

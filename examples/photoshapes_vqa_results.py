@@ -33,13 +33,13 @@ from torch import Tensor
 import llava_apt
 from tools.cli import parser_of
 from examples.report import AFTER, BEFORE, DENSE, write_report
-from examples.steps import Steps, fingerprint, run
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
 from llava_apt.lmms_eval_plugin import LlavaAptSimple, parse_thresholds
 from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
 from tools.machine import processor
+from tools.steps import Steps, fingerprint, run
 
 TASK = "photoshapes_vqa"
 TYPES = ("yes/no", "shape", "colour", "count", "position")

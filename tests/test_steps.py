@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples.steps import Steps, fingerprint
+from tools.steps import Steps, fingerprint
 
 
 class Work:

@@ -18,16 +18,16 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import steps
 import torch
-from cli import parser_of
-from frozen_model import TARGETS, Frozen, frozen_model
 from PIL import Image
 from torch import Tensor
 
+from tools.cli import parser_of
 from apt_backbones.distance import merging_off
 from apt_backbones.distill import Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import find_images, read_rgb
+from tools import steps
+from tools.frozen_model import TARGETS, Frozen, frozen_model
 
 FITTED_ON = 64  # views whose features are clustered
 LARGEST_VIEW = 512

@@ -14,16 +14,16 @@ file holds the new layers only. An interrupted run goes on where it stopped. Run
 
 from pathlib import Path
 
-import steps
 import torch
-from cli import parser_of
-from distill_scorer import view_size
-from frozen_model import TARGETS, frozen_model
 from torch import Tensor
 
+from tools.cli import parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
+from tools import steps
+from tools.distill_scorer import view_size
+from tools.frozen_model import TARGETS, frozen_model
 
 CALIBRATED_ON = 200
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from patch_settings import PatchSettings, settings_of, with_longest_side
 from torch import Tensor, nn
 
 from apt_backbones.scores import check_sizes
 from apt_backbones.trunk import AdaptiveTrunk
+from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
 TARGETS = ("head", "features")
 

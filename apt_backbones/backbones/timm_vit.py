@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
+from ..checkpoint import load_converted
 from ..layout import PatchLayout
 from ..learned import LearnedScorer
 from ..resample import resample_positions
@@ -230,11 +231,11 @@ def adapt(
     return model
 
 
-def timm_weights(trunk: AdaptiveTimm, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a timm ViT under the names and in the shapes of an adapted model.
+def timm_weights(trunk: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a timm ViT under the names and in the shapes of a model.
 
     Args:
-        trunk: the adapted model.
+        trunk: a ``VisionTransformer`` or ``Eva``, adapted or not.
         state_dict: timm's weights of the network; or those of its authors in a form that timm converts (DINOv2, DINOv3,
             MAE, OpenCLIP, ...). Patch embeddings and positions of another size are resampled, and heads, final norms
             and mask tokens that the model has not are left out.
@@ -242,6 +243,15 @@ def timm_weights(trunk: AdaptiveTimm, state_dict: Mapping[str, Tensor]) -> dict[
     convert = eva_filter if isinstance(trunk, Eva) else vit_filter
     own = trunk.state_dict()
     return {k: v for k, v in convert(dict(state_dict), trunk).items() if k in own or not k.startswith(_HEADS)}
+
+
+def load_timm(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load such weights into a timm ViT, adapted or not, strictly but for what ``timm_weights`` leaves out.
+
+    Raises:
+        ValueError: names are missing or unknown, or shapes differ; the message lists them.
+    """
+    load_converted(model, timm_weights(model, state_dict))
 
 
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "norm.", "mask_token")

@@ -9,8 +9,8 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..backbones import eva02
-from ..backbones.timm_vit import adapt, timm_weights
-from ..checkpoint import load_converted, load_pretrained, read_checkpoint
+from ..backbones.timm_vit import adapt, load_timm
+from ..checkpoint import load_pretrained, read_checkpoint
 from ..freeze import freeze
 from ..trunk import check_indices
 
@@ -131,4 +131,4 @@ class APTTimm(SafeBackbone, BaseModule):
     def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
         prefix = "backbone.trunk."
         of_backbone = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        load_converted(self.trunk, timm_weights(self.trunk, of_backbone or state_dict))
+        load_timm(self.trunk, of_backbone or state_dict)
