@@ -93,12 +93,12 @@ def layout_of(
 def drop_padding(sides_BHW: Tensor, images: Tensor, patch_size: int) -> Tensor:
     """Give no token to patches that lie wholly inside padding.
 
-    Data pipelines pad after normalisation with exact zeros, which no normalised pixel equals, so padding shows in the
+    Data pipelines pad after normalization with exact zeros, which no normalized pixel equals, so padding shows in the
     batch itself. A patch that holds any content is kept whole, and so is the first cell of an image.
 
     Args:
         sides_BHW: a selection, as ``select_patches`` gives.
-        images: normalised images (B, 3, H * patch_size, W * patch_size).
+        images: normalized images (B, 3, H * patch_size, W * patch_size).
         patch_size: side of the base patch in pixels.
 
     Returns:

@@ -18,7 +18,7 @@ from .training import TrainingStep
 
 MODES = (*DENSE_MODES, *ADAPTIVE_MODES)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RAW = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)  # a normalisation that changes nothing
+RAW = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)  # a normalization that changes nothing
 SCORED_SIDE = 1536
 
 
@@ -75,8 +75,8 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
         for case in cases:
             case.model.compile_blocks()
     first = core(cases[0].model)
-    normalisation = torch.tensor([first.pixel_mean, first.pixel_std])[:, :, None, None]
-    batches = [make_batch(image, normalisation, first.patch_size, side, args.batch_size) for image in images]
+    normalization = torch.tensor([first.pixel_mean, first.pixel_std])[:, :, None, None]
+    batches = [make_batch(image, normalization, first.patch_size, side, args.batch_size) for image in images]
     options = (cases, batches, args.device, DTYPES[args.dtype])
     if args.whole:
         host = build_host(cfg, args.heads, *options)

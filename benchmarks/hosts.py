@@ -132,7 +132,7 @@ class Segmenter(Trunk):
 
 
 class Detector(Trunk):
-    """mmdet's cascade from normalised images to boxes and masks at the images' size.
+    """mmdet's cascade from normalized images to boxes and masks at the images' size.
 
     Random weights would propose and detect another number of boxes in each mode, and so cost more in one than in
     another. Therefore the region proposal network runs, but the box and mask heads are given the same boxes in every

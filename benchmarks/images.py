@@ -41,7 +41,7 @@ def load_images(source: list[str] | None, side: int, limit: int, aspect: float |
         source: files and folders; None for scikit-image's photographs.
         side: of the training square in pixels.
         limit: at most so many images.
-        aspect: width / height to which images are cut around their centre, upright ones to its inverse; None leaves
+        aspect: width / height to which images are cut around their center, upright ones to its inverse; None leaves
             them whole.
 
     Raises:

@@ -32,7 +32,7 @@ class AptClipVisionConfig(CLIPVisionConfig):
             None gives the paper's (5.75 bits at twice the base patch), an empty dictionary the dense model.
         scorer (`str`): "entropy", "laplacian", "upsample_mse", or the .safetensors file of a learned scorer.
         merge (`str`): "apt", or the paper's baselines "resizing" (no new layers) and "random" (cells are dropped).
-        image_mean, image_std: the normalisation that images underwent, in 0..1. Read only if the model is called
+        image_mean, image_std: the normalization that images underwent, in 0..1. Read only if the model is called
             without the processor's patch layout.
     """
 

@@ -9,7 +9,7 @@ examples:
 
 The scorer predicts how much the dense model's output differs within a patch. That output is what a segmenter's head
 says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target features; all other
-models). Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run goes on where it stopped.
+models). Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run resumes.
 Runs without a GPU.
 """
 

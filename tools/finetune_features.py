@@ -9,7 +9,7 @@ examples:
       --resize 518 --scorer scorer.safetensors --keep 0.6 --out new_layers.safetensors
 
 With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. The
-file holds the new layers only. An interrupted run goes on where it stopped. Runs without a GPU.
+file holds the new layers only. An interrupted run resumes. Runs without a GPU.
 """
 
 from pathlib import Path

@@ -23,7 +23,7 @@ class Crops(NamedTuple):
     """Parts of one image, as the trunk gets them.
 
     Attributes:
-        images: normalised and padded (B, 3, h, w).
+        images: normalized and padded (B, 3, h, w).
         places: top and left of each in the pixels of the whole.
         size: height and width of the whole without padding.
         content_BHW: which base cells begin inside the image, not in padding.
