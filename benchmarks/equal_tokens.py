@@ -445,6 +445,7 @@ def main() -> None:
     content = {
         "hardware": f"{processor()}, 1 thread; CPU time, batch 1, float32; features for mIoU in {args.dtype}",
         "command": " ".join(["python -m benchmarks.equal_tokens", *sys.argv[1:]]),
+        "weights": args.weights.name if args.weights else "timm's",
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
         "settings_tried": SETTINGS_TRIED,
         "gains": gains(results),
