@@ -7,6 +7,7 @@ OpenMMLab toolboxes; nothing here needs them.
 
 from importlib import import_module
 
+from . import versions  # noqa: F401
 from .attention import varlen_attention
 from .embed import AdaptivePatchEmbed
 from .freeze import freeze_host

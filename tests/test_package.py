@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from apt_backbones.versions import require
+
 FOREIGN = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
 
 
@@ -30,3 +32,18 @@ def test_every_public_name_exists():
         assert getattr(apt_backbones, name).__doc__, f"{name} has no docstring"
     with pytest.raises(AttributeError, match="no attribute 'surprise'"):
         apt_backbones.surprise  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "installed, is_new_enough", [("2.9.1", False), ("2.10.0+cu130", True), ("2.10", True), ("3.0rc1", True)]
+)
+def test_a_package_that_is_too_old_is_named_with_the_command_that_helps(monkeypatch, installed, is_new_enough):
+    monkeypatch.setattr("apt_backbones.versions.version", lambda package: installed)
+    if is_new_enough:
+        return require("torch", "2.10")
+    with pytest.raises(ImportError, match=r"^torch 2\.9\.1 is too old: pip install 'torch>=2\.10'$"):
+        require("torch", "2.10")
+
+
+def test_a_package_that_is_not_there_is_left_to_its_own_import():
+    require("no-such-package", "1.0")

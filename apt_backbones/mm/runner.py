@@ -12,8 +12,11 @@ from torch import distributed, nn
 
 from ..checkpoint import load_converted, read_file, weights_of
 from ..trunk import AdaptiveTrunk
+from ..versions import require
 from .data import seed_everything
 from .loading import load_safely
+
+require("onedl-mmengine", "0.10.12")
 
 CHECKPOINTS = ("iter_*.pth", "epoch_*.pth")
 MAX_BAD_IMAGES = 100
