@@ -56,8 +56,8 @@ CHUNK = 32
 DISTILL_EPOCHS = 16
 KEPT_HEAD = "392x518"  # of the base sizes' heads the best on the val split, for dense images of every size, too
 SETTINGS_TRIED = (
-    "on the val split: heads of 3 sizes; 1 scorer from the heads, at 15 budgets, and 2 from features, at 1; choosing by "
-    "true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); 1 fine-tune "
+    "on the val split: heads of 3 sizes; 1 scorer from the heads, at 15 budgets, and 2 from features, at 1; choosing "
+    "by true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); 1 fine-tune "
     "without labels. On the test split nothing was chosen"
 )
 
