@@ -91,6 +91,23 @@ def test_merges_each_image_for_itself(name):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
 
 
+def test_thresholds_none_gives_timms_own_model_back():
+    model = build("vit_small_patch16_dinov3")
+    names, kind = list(model.state_dict()), type(model)
+    adapt(model, thresholds_of(model, 3.0))
+    assert set(model.state_dict()) - set(names) and isinstance(model, kind)
+    assert adapt(model, thresholds=None) is model
+    assert type(model) is kind and list(model.state_dict()) == names and "thresholds" not in vars(model)
+
+
+def test_without_prefix_tokens_there_are_maps_and_no_pooled_features():
+    model = adapt(build("vit_small_patch14_reg4_dinov2"), {28: 3.0}, keep_prefix=False)
+    images = pictures(model, 1, 6, 8)
+    assert model.forward_intermediates(images, intermediates_only=True)[0].shape == (1, 384, 6, 8)
+    with pytest.raises(ValueError, match="keep_prefix=False is for feature maps"):
+        model(images)
+
+
 @torch.no_grad()
 def test_images_may_be_smaller_than_the_largest_patch():
     model = build("vit_tiny_patch16_224")

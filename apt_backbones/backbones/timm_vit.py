@@ -101,6 +101,8 @@ class AdaptiveTimm(AdaptiveTrunk):
         """Normed prefix and cell tokens (B, P + H * W, D) of normalized images (B, 3, height, width)."""
         if self.is_original:
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        if self.num_prefix != self.num_prefix_tokens:
+            raise ValueError("keep_prefix=False is for feature maps: use feature_maps or forward_intermediates")
         _refuse_masks(attn_mask, is_causal)
         self.check_image_size(x)
         *_, (_, x_TD) = self.run(x)
