@@ -243,6 +243,7 @@ def test_prototypes_tell_clusters_apart():
 
 
 def test_llava_s_configuration_and_processor_name_the_file(tmp_path):
+    pytest.importorskip("transformers")
     from llava_apt.configuration import AptClipVisionConfig
     from llava_apt.image_processing import LlavaAptImageProcessor
 
