@@ -117,7 +117,13 @@ def main() -> None:
         for keep in KEEPS:
             adapt(vit, calibrated(args.folder, scorer, keep), scorer, merge)
             measure(merge, scorer, SIDE)
-    about = {"model": MODEL, "versions": {"torch": torch.__version__, "timm": timm.__version__}, "results": results}
+    command = f"python -m benchmarks.equal_tokens_classes {args.folder.name}"
+    about = {
+        "model": MODEL,
+        "command": command,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "results": results,
+    }
     if args.out:
         write_atomically(args.out, json.dumps(about, indent=1) + "\n")
     for line in results:
