@@ -58,7 +58,7 @@ SUBSTITUTIONS = (
     ),
     (
         "--output-dir llava-1.5-7b-apt",
-        "--output-dir llava-1.5-7b-apt --use_cpu --total-batch-size 2 --device-batch-size 2 --max_steps 1",
+        "--output-dir llava-1.5-7b-apt --overwrite --use_cpu --total-batch-size 2 --device-batch-size 2 --max_steps 1",
     ),
     ("pretrained=llava-1.5-13b-apt", "pretrained=llava-1.5-7b-apt"),
     ("--tasks vqav2_val,gqa,scienceqa_img,textvqa_val,pope,mme,mmbench_en_dev,mmvet", "--tasks gqa"),
@@ -115,14 +115,18 @@ def fill(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "setup.py", ".pre-commit-config.yaml", "README.md"):
         shutil.copy(ROOT / name, folder / name)
-    for task, scale in (("det", "l_{}_1536"), ("seg", "l_{}_512")):
+    for task, scales in (
+        ("det", ("eva02_l_{}_1536", "dinov3_b_{}_1024")),
+        ("seg", ("eva02_l_{}_512", "dinov3_b_linear_{}_512")),
+    ):
         configs = folder / f"{task}_configs"
         shutil.copytree(ROOT / configs.name, configs)
         weights = f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
         for method in ("dense", "random", "resizing", "apt"):
             with open(configs / f"eva02_tiny_{method}_photoshapes.py", "a") as config:
                 config.write(_SMALL + _ONE_STEP)
-            (configs / f"eva02_{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
+            for scale in scales:
+                (configs / f"{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
     with open(folder / "seg_configs/_base_/photoshapes.py", "a") as config:
         config.write(_MULTI_SCALE)
     (folder / "checkpoints").mkdir()
