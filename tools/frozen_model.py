@@ -80,7 +80,7 @@ def frozen_model(
 
 
 def _of_config(config: str, weights: str) -> Frozen:
-    from mm_model import MMModel
+    from tools.mm_model import MMModel
 
     mm = MMModel(config, weights)
 
