@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checkpoint import read_file
 from .files import write_atomically
 from .images import read_rgb
 from .learned import LearnedScorer, ScorerTail, fold
@@ -224,7 +225,7 @@ def train_scorer(
     optimizer = torch.optim.AdamW(net.trained(), RATE, weight_decay=WEIGHT_DECAY)
     curve, best = [], None
     if state is not None and state.is_file():
-        kept = torch.load(state, map_location=device, weights_only=True)
+        kept = read_file(state)
         net.load_state_dict(kept["net"])
         optimizer.load_state_dict(kept["optimizer"])
         curve, best = [Epoch(*line) for line in kept["curve"]], kept["best"]

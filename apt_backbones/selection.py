@@ -39,6 +39,12 @@ def clean_thresholds(thresholds: Mapping[int | str, float] | None, patch_size: i
     return check_thresholds(thresholds, patch_size)
 
 
+def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """RGB in 0..255 (B, 3, H, W) to normalized float32 images; mean and std per channel, in 0..255."""
+    mean, std = (_per_channel(tuple(values), pixels.device) for values in (mean, std))
+    return (pixels.float() - mean) / std
+
+
 def undo_normalization(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalized images (B, 3, H, W) back to RGB in 0..255, float32, rounded.
 

@@ -34,6 +34,7 @@ from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, merging_losses, save_tensors, train_scorer
 from apt_backbones.files import write_atomically
 from apt_backbones.scores import SCORERS
+from apt_backbones.selection import normalize
 
 from . import tome
 from .camvid import SPLITS, confusion, mean_iou, paths_of, read_images, read_labels, train_head
@@ -103,8 +104,7 @@ def build(weights: Path | None) -> nn.Module:
 
 def normalized(vit: nn.Module, pixels: Tensor) -> Tensor:
     """uint8 (B, 3, height, width) -> what the network takes, float32."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vit.pixel_mean, vit.pixel_std))
-    return (pixels.float() - mean) / std
+    return normalize(pixels, vit.pixel_mean, vit.pixel_std)
 
 
 class Study:

@@ -27,6 +27,7 @@ from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.files import write_atomically
+from apt_backbones.selection import normalize
 
 MODEL, SIDE, MERGED = "vit_small_patch14_dinov2", 224, 28
 SMALLER = (140, 168, 196, 210, 224)
@@ -48,10 +49,9 @@ def images_of(folder: Path, split: str, side: int) -> DataLoader:
 @torch.inference_mode()
 def features(vit: nn.Module, loader: DataLoader, title: str) -> tuple[dict[str, Tensor], Tensor, float]:
     """Per pooling the features of all images, their classes, and the mean number of patch tokens."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vit.pixel_mean, vit.pixel_std))
     pooled, labels, tokens = {name: [] for name in POOLS}, [], []
     for pixels, classes in track(loader, title, console=console):
-        *_, (_, x_TD) = vit.run((pixels.float() - mean) / std)
+        *_, (_, x_TD) = vit.run(normalize(pixels, vit.pixel_mean, vit.pixel_std))
         layout, x_TD = vit.last_layout, vit.final_norm(x_TD)
         pooled["cls"].append(layout.prefix(x_TD)[:, 0])
         pooled["mean by area"].append(layout.to_map(x_TD).mean((2, 3)))

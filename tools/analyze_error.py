@@ -28,6 +28,7 @@ from tools.cli import parser_of, run
 from apt_backbones import PatchLayout
 from apt_backbones.distance import FeatureDistance
 from apt_backbones.images import find_images, read_rgb
+from apt_backbones.selection import undo_normalization
 from tools.drawing import compose, draw_grid, draw_heat, zoom_for
 from tools.mm_model import Crops, MMModel
 
@@ -36,10 +37,10 @@ PANEL = 1000  # pixels near which the longer side of a drawn picture lies, if it
 
 def pixels_of(model: MMModel, crops: Crops) -> Image.Image:
     """The image as the model sees it, without padding."""
-    mean, std = torch.tensor([model.trunk.pixel_mean, model.trunk.pixel_std])[:, :, None, None]
+    pixels = undo_normalization(crops.images, model.trunk.pixel_mean, model.trunk.pixel_std).clamp(0, 255)
     height, width = crops.size
     whole = torch.zeros(3, height, width)
-    for crop, (top, left) in zip((crops.images * std + mean).round().clamp(0, 255), crops.places):
+    for crop, (top, left) in zip(pixels, crops.places):
         part = whole[:, top : top + crop.shape[1], left : left + crop.shape[2]]
         part.copy_(crop[:, : part.shape[1], : part.shape[2]])
     return Image.fromarray(whole.permute(1, 2, 0).byte().numpy())

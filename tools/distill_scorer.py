@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tools.cli import parser_of
@@ -27,18 +26,9 @@ from apt_backbones.distance import merging_off
 from apt_backbones.distill import Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import find_images, read_rgb
 from tools import steps
-from tools.frozen_model import TARGETS, Frozen, frozen_model
+from tools.frozen_model import Frozen, add_model_arguments, frozen_model
 
 FITTED_ON = 64  # views whose features are clustered
-LARGEST_VIEW = 512
-
-
-def view_size(asked: Sequence[int] | None, frozen: Frozen, image: Image.Image) -> tuple[int, int]:
-    """Height and width of a view: what is asked for, or what the model sees of an image, in whole largest patches."""
-    largest = max(frozen.settings.thresholds)
-    sides = asked or [min(side, LARGEST_VIEW) for side in frozen.settings.prepare(image).size[::-1]]
-    height, width = (max(2, side // largest) * largest for side in (*sides, *sides)[:2])
-    return height, width
 
 
 def target_of(
@@ -88,28 +78,14 @@ def plot(path: Path, curve: list[Epoch]) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
+    add_model_arguments(parser, "the scorer goes")
     add = parser.add_argument
-    add("model", help="configuration of an adaptive detector or segmenter, or the name of a timm ViT")
-    add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
-    add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
-    add("--out", type=Path, required=True, metavar="FILE", help="where the scorer goes, a .safetensors file")
-    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
-    add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
-    add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
-    add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
     add("--copies", type=int, default=2, help="random views per image (default: 2)")
     add("--prototypes", type=int, default=64, help="clusters of features (default: 64)")
     add("--epochs", type=int, default=40, help="passes over the views (default: 40)")
     add("--sample", type=int, default=1000, metavar="N", help="use at most so many images (default: 1000)")
-    add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     add("--work-dir", type=Path, help="for what is kept of an unfinished run (default: beside --out)")
-    add("--plot", type=Path, metavar="PNG", help="also plot the curve")
     args = parser.parse_args()
-    if args.out.suffix != ".safetensors":
-        raise ValueError(f"--out must name a .safetensors file, got {args.out}")
-    if args.view and len(args.view) > 2:
-        raise ValueError("--view takes one side, or height and width")
     frozen = frozen_model(args.model, args.weights, args.sizes, "resizing", args.resize)
     target = frozen.target(args.target)
     paths, chance = find_images(args.images), random.Random(args.seed)
@@ -118,7 +94,7 @@ def main() -> None:
     paths = chance.sample(paths, min(args.sample, len(paths)))
     held_out, paths = paths[: max(1, len(paths) // 10)], paths[max(1, len(paths) // 10) :]
     sizes = tuple(frozen.settings.thresholds)
-    views = ViewSettings(view_size(args.view, frozen, read_rgb(paths[0])), copies=args.copies, seed=args.seed)
+    views = ViewSettings(frozen.view_size(args.view, read_rgb(paths[0])), copies=args.copies, seed=args.seed)
     origin = {
         "model": args.model,
         "weights": steps.fingerprint(args.weights) if args.weights else "timm's",

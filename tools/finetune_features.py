@@ -22,8 +22,7 @@ from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from tools import steps
-from tools.distill_scorer import view_size
-from tools.frozen_model import TARGETS, frozen_model
+from tools.frozen_model import add_model_arguments, frozen_model
 
 CALIBRATED_ON = 200
 
@@ -48,27 +47,15 @@ def plot(path: Path, curve: list[float], what: str) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
+    add_model_arguments(parser, "the new layers go")
     add = parser.add_argument
-    add("model", help="configuration of an adaptive detector or segmenter, or the name of a timm ViT")
-    add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
-    add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
-    add("--out", type=Path, required=True, metavar="FILE", help="where the new layers go, a .safetensors file")
-    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")
-    add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
-    add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
-    add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
     add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
-    add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
-    add("--plot", type=Path, metavar="PNG", help="also plot the curve")
     args = parser.parse_args()
-    if args.out.suffix != ".safetensors":
-        raise ValueError(f"--out must name a .safetensors file, got {args.out}")
     from apt_backbones.mm.feature_matching import finetune_features, save_new_layers
 
     torch.manual_seed(args.seed)
@@ -92,7 +79,7 @@ def main() -> None:
     def outputs(pixels: Tensor) -> Tensor:
         return say(frozen.normalized(pixels))
 
-    views = ViewSettings(view_size(args.view, frozen, read_rgb(paths[0])), seed=args.seed)
+    views = ViewSettings(frozen.view_size(args.view, read_rgb(paths[0])), seed=args.seed)
     key = [
         args.model,
         args.weights,

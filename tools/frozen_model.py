@@ -1,17 +1,45 @@
 """A frozen model whose outputs other layers are trained on without labels: an mm configuration's, or a timm ViT."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from apt_backbones.scores import check_sizes
+from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
 TARGETS = ("head", "features")
+
+
+LARGEST_VIEW = 512
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flags of a tool that trains ``what`` on a frozen model's outputs."""
+    add = parser.add_argument
+    add("model", help="configuration of an adaptive detector or segmenter, or the name of a timm ViT")
+    add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
+    add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
+    add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
+    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
+    add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
+    add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
+    add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
+    add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    add("--plot", type=Path, metavar="PNG", help="also plot the curve")
+
+
+def _safetensors(text: str) -> Path:
+    if Path(text).suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"must name a .safetensors file, got {text}")
+    return Path(text)
 
 
 class Frozen(NamedTuple):
@@ -41,13 +69,23 @@ class Frozen(NamedTuple):
             raise ValueError("the model has no segmentation head; use --target features")
         return asked or ("features" if self.head is None else "head")
 
+    def view_size(self, asked: Sequence[int] | None, image: Image.Image) -> tuple[int, int]:
+        """Height and width of a view: what is asked for, or what the model sees of an image, in whole largest patches.
+
+        Raises:
+            ValueError: more than two sides are asked for.
+        """
+        if asked and len(asked) > 2:
+            raise ValueError("--view takes one side, or height and width")
+        largest = max(self.settings.thresholds)
+        sides = asked or [min(side, LARGEST_VIEW) for side in self.settings.prepare(image).size[::-1]]
+        height, width = (max(2, side // largest) * largest for side in (*sides, *sides)[:2])
+        return height, width
+
     def normalized(self, pixels: Tensor) -> Tensor:
         """Images (B, 3, height, width) in 0..255 as the trunk takes them, on its device."""
-        device = self.trunk.projection().weight.device
-        mean, std = (
-            torch.tensor(x, device=device).view(3, 1, 1) for x in (self.trunk.pixel_mean, self.trunk.pixel_std)
-        )
-        return (pixels.to(device) - mean) / std
+        pixels = pixels.to(self.trunk.projection().weight.device)
+        return normalize(pixels, self.trunk.pixel_mean, self.trunk.pixel_std)
 
 
 def frozen_model(
