@@ -100,6 +100,18 @@ def test_thresholds_none_gives_timms_own_model_back():
     assert type(model) is kind and list(model.state_dict()) == names and "thresholds" not in vars(model)
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(thresholds={30: 5.0}), dict(scorer="nowhere.safetensors"), dict(window_size=1)]
+)
+def test_a_refused_setting_leaves_timms_own_model(settings):
+    model = build("vit_tiny_patch16_224")
+    kind, attributes = type(model), set(vars(model))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        adapt(model, **{"thresholds": {32: 5.0}, **settings})
+    assert type(model) is kind and set(vars(model)) == attributes and "adaptive_embed" not in model._modules
+    adapt(model, {32: 5.0})(pictures(model, 1, 4, 4))
+
+
 def test_without_prefix_tokens_there_are_maps_and_no_pooled_features():
     model = adapt(build("vit_small_patch14_reg4_dinov2"), {28: 3.0}, keep_prefix=False)
     images = pictures(model, 1, 6, 8)

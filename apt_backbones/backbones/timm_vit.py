@@ -195,19 +195,14 @@ def adapt(
         The same instance.
 
     Raises:
+        FileNotFoundError: no file of a learned scorer.
         TypeError: a model that does not fit, and why.
         ValueError: settings that do not fit together; the message says which.
     """
     original = next((kind for kind, adapted in _ADAPTED.items() if type(model) in (kind, adapted)), None)
     if original is None:
         raise TypeError(_why_not(model))
-    if type(model) is not original:
-        old_embed = model.__dict__["_modules"].pop("adaptive_embed")
-        for name in _SETTINGS:
-            model.__dict__.pop(name, None)
-        model.__class__ = original
-    else:
-        old_embed = None
+    old_embed = _restore(model, original)
     if not thresholds and not options and keep_prefix:
         return model
     _check_fits(model)
@@ -223,8 +218,8 @@ def adapt(
         with_cp = model.grad_checkpointing
         model.set_up(thresholds, scorer, merge, **options)
         model.grad_checkpointing = with_cp
-    except (TypeError, ValueError):
-        model.__class__ = original
+    except Exception:
+        _restore(model, original)
         raise
     weight = model.patch_embed.proj.weight
     model.adaptive_embed.to(weight.device, weight.dtype)
@@ -264,6 +259,14 @@ _SETTINGS = (
     *("attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std", "last_layout"),
     *("_compile_options", "_fused"),
 )
+
+
+def _restore(model: nn.Module, original: type) -> nn.Module | None:
+    """Make a model timm's own again; returns the new layers that it had."""
+    for name in _SETTINGS:
+        model.__dict__.pop(name, None)
+    model.__class__ = original
+    return model._modules.pop("adaptive_embed", None)
 
 
 def _why_not(model: nn.Module) -> str:
