@@ -96,6 +96,7 @@ def run_block(
     fc1 = fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x)) if type(mlp) is SwiGLU else None
     q, k, v, gate = before(block, x_TD, rotation, qkv)
     x_TNH = varlen_attention(q, k, v, segments, call.backend)
+    del q, k, v  # the MLP takes their memory
     if is_compiled and x_TNH._base is not None:
         x_TNH = x_TNH.clone()  # or else it would be compiled anew for every shape of what this is a view of
     keep = [_keep(drop, call.layout, x_TD.dtype) for drop in (block.drop_path1, block.drop_path2)]
@@ -146,14 +147,17 @@ def _after_attention(
     fused: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """The tokens after a block, given what attention made of them."""
-    attn, is_pre_norm = block.attn, type(block) in _PRE_NORM
-    attended = attn.norm(x_TNH.flatten(1))
-    attended = attn.proj_drop(attn.proj(attended if gate is None else attended * gate))
-    attended = _layer_scale(block, 1, attended) if is_pre_norm else block.norm1(attended)
-    x_TD = x_TD + _scale(attended, keep[0])
-    if is_pre_norm:
+    x_TD = x_TD + _scale(_attended(block, x_TNH, gate), keep[0])
+    if type(block) in _PRE_NORM:
         return x_TD + _scale(_layer_scale(block, 2, _mlp(block.mlp, block.norm2(x_TD), fused)), keep[1])
     return x_TD + _scale(block.norm2(_mlp(block.mlp, x_TD, fused)), keep[1])
+
+
+def _attended(block: nn.Module, x_TNH: Tensor, gate: Tensor | None) -> Tensor:
+    """The branch of attention (T, D)."""
+    attn, x_TD = block.attn, block.attn.norm(x_TNH.flatten(1))
+    x_TD = attn.proj_drop(attn.proj(x_TD if gate is None else x_TD * gate))
+    return _layer_scale(block, 1, x_TD) if type(block) in _PRE_NORM else block.norm1(x_TD)
 
 
 def _layer_scale(block: nn.Module, branch: int, x_TD: Tensor) -> Tensor:
