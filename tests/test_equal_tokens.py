@@ -14,7 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from apt_backbones.learned import load_scorer
 from benchmarks import equal_tokens, tome
-from benchmarks.camvid import NUM_CLASSES, VOID, confusion, mean_iou, paths_of, read_labels, train_head
+from benchmarks.camvid import (
+    NUM_CLASSES,
+    VOID,
+    UperNet,
+    confusion,
+    linear_head,
+    mean_iou,
+    paths_of,
+    read_labels,
+    train_head,
+)
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SMALL = dict(patch_size=8, img_size=32, depth=4, embed_dim=24, num_heads=2, num_classes=0)
@@ -51,12 +61,17 @@ def test_tome_merges_the_most_similar_tokens(vit):
     torch.testing.assert_close((joined * size[..., None]).sum(1), tokens.sum(1))
 
 
-def test_heads_learn_and_are_measured():
+@pytest.mark.parametrize("build, epochs", [(linear_head, 300), (UperNet, 30)])
+def test_heads_learn_and_are_measured(build, epochs):
+    torch.manual_seed(0)
     labels = torch.randint(NUM_CLASSES, (16, 3, 4), dtype=torch.uint8)
     features = 10 * torch.nn.functional.one_hot(labels.long(), NUM_CLASSES).permute(0, 3, 1, 2).float()
+    features = features.repeat(1, 3, 1, 1)  # as of three blocks
     pixels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
     pixels[:, :8] = VOID
-    head = train_head(features, pixels, seed=0, epochs=300)
+    head = build(features.shape[1])
+    train_head(head, features, pixels, epochs)
+    head.eval()
     counts = confusion(head, features, pixels)
     assert counts.sum() == (pixels != VOID).sum() and mean_iou(counts) > 30
     assert mean_iou(torch.eye(NUM_CLASSES, dtype=torch.int64)) == 100
@@ -81,11 +96,11 @@ def test_every_setting_has_a_name_and_lines():
 
 
 def test_gains_are_over_dense_images_of_as_many_tokens():
-    line = dict(split="test", scorer=None, head=equal_tokens.KEPT_HEAD, seed=0, ms=1.0)
+    line = dict(split="test", scorer=None, head="large", seed=0, ms=1.0)
     dense = [{**line, "method": "dense", "image": "a", "tokens": t, "mIoU": v} for t, v in ((100, 40.0), (200, 44.0))]
     own = [{**part, "image": "a", "head": "a", "mIoU": 40.0} for part in dense]
     apt = [{**line, "method": "apt", "image": "b", "tokens": t, "mIoU": 43.0, "scorer": "learned"} for t in (150, 300)]
-    first, second = equal_tokens.gains(dense + own + apt)
+    first, second = equal_tokens.gains(dense + own + apt, "large")
     assert first["kept"] == 1.0 and first["own"] == 3.0 and second["kept"] is None
 
 

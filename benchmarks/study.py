@@ -1,0 +1,208 @@
+"""A frozen network whose quality is measured at equal tokens: smaller images, merging, random dropping, ToMe.
+
+What all data sets share. Legend: B images, C channels, H x W base cells.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from apt_backbones import adapt, read_checkpoint
+from apt_backbones.backbones.timm_vit import load_timm
+from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
+from apt_backbones.files import write_atomically
+from apt_backbones.selection import normalize
+
+from . import tome
+
+MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
+
+console = Console(stderr=True)
+
+
+class Setting(NamedTuple):
+    """One point of a chart.
+
+    Attributes:
+        method: "dense", "apt", "random" or "tome".
+        image: height and width.
+        scorer: of "apt".
+        budget: tokens that it is calibrated to.
+    """
+
+    method: str
+    image: tuple[int, int]
+    scorer: str | None = None
+    budget: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "_".join(str(part) for part in (self.method, *self.image, self.scorer, self.budget) if part is not None)
+
+    @property
+    def cells(self) -> int:
+        return self.image[0] * self.image[1] // PATCH**2
+
+
+class Study:
+    """The network, and steps that are kept: the same command resumes where it stopped.
+
+    Args:
+        weights: of the network; None downloads timm's.
+        work_dir: for everything that is kept.
+        dtype: in which features are computed.
+        blocks: after which maps are taken.
+    """
+
+    def __init__(self, weights: Path | None, work_dir: Path, dtype: torch.dtype, blocks: Sequence[int]):
+        self.weights, self.work_dir, self.dtype, self.blocks = weights, work_dir, dtype, blocks
+        self.vit = self.build()
+
+    def build(self) -> nn.Module:
+        """The frozen network, adaptive, with nothing merged yet."""
+        vit = timm.create_model(MODEL, pretrained=self.weights is None, num_classes=0, dynamic_img_size=True)
+        vit = adapt(vit, {MERGED: 0.0}, merge="resizing")
+        if self.weights is not None:
+            load_timm(vit, read_checkpoint(self.weights))
+        vit.thresholds = {}
+        return vit.eval().requires_grad_(False)
+
+    def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
+        """The images of a split as the network sees them at a size: uint8 (1, 3, height, width)."""
+        raise NotImplementedError
+
+    def scorer_file(self) -> Path:
+        """The scorer that was learned."""
+        raise NotImplementedError
+
+    def kept(self, name: str, function: Callable[[], object]):
+        """The result of a step, from an earlier run if there is one."""
+        file = self.work_dir / "steps" / f"{name}.json"
+        if not file.is_file():
+            write_atomically(file, json.dumps(function()))
+        return json.loads(file.read_text())
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, height, width) -> what the network takes, float32."""
+        return normalize(pixels, self.vit.pixel_mean, self.vit.pixel_std)
+
+    @torch.inference_mode()
+    def maps(self, pixels: Tensor) -> Tensor:
+        """Features of uint8 images under the network's present thresholds (B, C, H, W), float16."""
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return torch.cat(self.vit.feature_maps(self.normalized(pixels), self.blocks, norm=True), 1).half()
+
+    @torch.inference_mode()
+    def tome_maps(self, setting: Setting, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Feature maps with ToMe, and the mean tokens of a layer."""
+        merges = round((setting.cells - setting.budget) / (len(self.vit.blocks) / 2))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            maps, tokens = tome.feature_maps(self.vit, self.normalized(pixels), merges, self.blocks)
+        return torch.cat(maps, 1), tokens
+
+    def maps_of(self, setting: Setting, pixels: Tensor) -> tuple[Tensor, float]:
+        """Feature maps of a setting other than "dense" that is set (``as_set``), and the batch's tokens."""
+        if setting.method == "tome":
+            maps, count = self.tome_maps(setting, pixels, self.dtype)
+            return maps, count * len(maps)
+        maps = self.maps(pixels)
+        return maps, self.vit.last_layout.num_tokens - len(maps)  # without CLS
+
+    def scorer_of(self, setting: Setting) -> str:
+        if setting.scorer == "learned":
+            return str(self.scorer_file())
+        return setting.scorer or "entropy"
+
+    def threshold(self, setting: Setting) -> float:
+        """That meets the budget on the val split."""
+
+        def calibrate() -> float:
+            scorer = self.scorer_of(setting)
+            maps = [score_maps_of(image.float(), (MERGED,), scorer) for image in self.images("val", setting.image)]
+            return calibrate_thresholds(maps, PATCH, setting.budget / setting.cells)[MERGED]
+
+        return self.kept(f"threshold_{setting.name}", calibrate)
+
+    @contextmanager
+    def as_set(self, setting: Setting) -> Iterator[None]:
+        """The network with a setting's patches."""
+        self.vit.thresholds, self.vit.merge = {}, "resizing"
+        if setting.method in ("apt", "random"):
+            self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
+            self.vit.merge = "random" if setting.method == "random" else "resizing"
+        yield
+        self.vit.thresholds, self.vit.merge = {}, "resizing"
+
+    def times(
+        self, settings: Sequence[Setting], pixels_of: Callable[[int, tuple[int, int]], Tensor], count: int = 4
+    ) -> dict[str, float]:
+        """Milliseconds of CPU time per image, scoring included: batch 1, float32, one thread; settings take turns,
+        the median over three rounds is averaged over images.
+
+        Args:
+            pixels_of: the n-th of ``count`` images at a size, uint8 (1, 3, height, width).
+        """
+
+        def measure() -> dict[str, float]:
+            torch.set_num_threads(1)
+            original = adapt(self.build(), None)
+            spent: dict[str, list[float]] = {setting.name: [] for setting in settings}
+            for number in track(range(count), "timing", console=console):
+                of_image: dict[str, list[float]] = {setting.name: [] for setting in settings}
+                for warming_up in [True] * (number == 0) + [False] * 3:
+                    for setting in settings:
+                        pixels = pixels_of(number, setting.image)
+                        with self.as_set(setting):
+                            taken = cpu_seconds(self.forward_of(setting, original), pixels)
+                        if not warming_up:
+                            of_image[setting.name].append(1000 * taken)
+                for name, values in of_image.items():
+                    spent[name].append(statistics.median(values))
+            return {name: statistics.mean(values) for name, values in spent.items()}
+
+        return self.kept("times", measure)
+
+    def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
+        """What is timed: for dense images timm's own network."""
+        if setting.method == "tome":
+            return lambda pixels: self.tome_maps(setting, pixels, torch.float32)
+        if setting.method == "dense":
+            return lambda pixels: original.forward_intermediates(
+                self.normalized(pixels), list(self.blocks), norm=True, intermediates_only=True
+            )
+        return lambda pixels: self.vit.feature_maps(self.normalized(pixels), self.blocks, norm=True)
+
+
+def text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def between(points: list[tuple[float, float]], tokens: float) -> float | None:
+    """The value of a curve of straight lines; None beyond its ends."""
+    for (low, before), (high, after) in pairwise(points):
+        if low <= tokens <= high:
+            return before + (after - before) * (tokens - low) / (high - low)
+    return None
+
+
+@torch.inference_mode()
+def cpu_seconds(function: Callable[[Tensor], object], pixels: Tensor) -> float:
+    started = time.thread_time()
+    function(pixels)
+    return time.thread_time() - started
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
