@@ -31,11 +31,17 @@ format: setup
 	"$(VENV)/bin/ruff" check --fix .
 	"$(VENV)/bin/ruff" format .
 
-# A small dense model that is shipped becomes an APT, and a page shows what that gives; TASK=det, seg or llava. It
-# resumes when interrupted.
-TASK ?= det
-demo: setup $(if $(filter llava,$(TASK)),data/photoshapes_big,data/photoshapes)
+# A dense model becomes adaptive, and a page shows what that gives. TASK=vit takes pretrained weights: WEIGHTS=FILE, or
+# timm's (downloaded, unless the hub's cache has them); det, seg and llava take small models that are shipped.
+WEIGHTS ?=
+CACHED := $(wildcard $(HOME)/.cache/huggingface/hub/models--timm--vit_small_patch14_dinov2*)
+TASK ?= $(if $(WEIGHTS)$(CACHED),vit,det)
+demo: setup $(if $(filter llava,$(TASK)),data/photoshapes_big) $(if $(filter det seg,$(TASK)),data/photoshapes)
+ifeq ($(TASK),vit)
+	"$(VENV)/bin/python" examples/demo_vit.py $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+else
 	"$(VENV)/bin/python" examples/demo.py $(TASK)
+endif
 
 data/photoshapes:
 	"$(VENV)/bin/python" examples/make_photoshapes.py $@

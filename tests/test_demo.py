@@ -11,12 +11,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from examples.demo_page import data_uri, render, share_histogram, training_curve
 from examples.demo_pictures import CLASS_COLORS, class_legend, detections, label_map, spread
 from examples.make_photoshapes import make_photoshapes
-from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options, run_script
 
 from .llava_tiny import save_hub_checkpoint
 
@@ -205,3 +207,19 @@ def test_a_stopped_demo_resumes_and_repeats_nothing(task, data, llava, tmp_path)
         wait_for(process, lambda: json.loads((steps / "thresholds.json").read_text())["inputs"]["removed"] == 0.1)
         wait_for(process, lambda: len(list(folder.glob("*-*/"))) == 2)  # another short fine-tune
         process.send_signal(signal.SIGKILL)
+
+
+def test_the_demo_of_a_pretrained_vit(tmp_path, monkeypatch):
+    weights = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).state_dict()
+    save_file(weights, tmp_path / "vit.safetensors")
+    chance = np.random.default_rng(0)
+    for number, height in enumerate((120, 200)):
+        pixels = chance.integers(0, 255, (height, 160, 3), np.uint8)
+        pixels[:, :80] = chance.integers(0, 255, (height // 40, 2, 3)).repeat(40, 0).repeat(40, 1)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    arguments = ["--model", "test_vit", "--weights", tmp_path / "vit.safetensors", "--images", tmp_path / "0.png"]
+    arguments += [tmp_path / "1.png", "--resize", 192, "--keep", 0.7, "--out", tmp_path / "out"]
+    run_script(monkeypatch, "examples/demo_vit.py", *arguments)
+    page = Page((tmp_path / "out/index.html").read_text())
+    assert len(page.images) == 2 * 4 and not page.links
+    assert re.search(r"dense\d+100.0%1.0001.00x", page.text) and re.search(r"\d\d%of the tokens kept", page.text)
