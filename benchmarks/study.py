@@ -3,8 +3,10 @@
 What all data sets share. Legend: B images, C channels, H x W base cells.
 """
 
+import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
+from apt_backbones.distill import Views, train_scorer
 from apt_backbones.files import write_atomically
 from apt_backbones.selection import normalize
 
 from . import tome
 
 MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
+DISTILL_EPOCHS = 16
 
 console = Console(stderr=True)
 
@@ -48,7 +52,8 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "_".join(str(part) for part in (self.method, *self.image, self.scorer, self.budget) if part is not None)
+        scorer = self.scorer and Path(self.scorer).stem
+        return "_".join(str(part) for part in (self.method, *self.image, scorer, self.budget) if part is not None)
 
     @property
     def cells(self) -> int:
@@ -82,9 +87,28 @@ class Study:
         """The images of a split as the network sees them at a size: uint8 (1, 3, height, width)."""
         raise NotImplementedError
 
-    def scorer_file(self) -> Path:
-        """The scorer that was learned."""
+    def views(self, split: str) -> list[Views]:
+        """Images of the train or val split, and what merging loses in them; a group per shape."""
         raise NotImplementedError
+
+    def scorer_file(self) -> Path:
+        """The scorer, distilled from the train split; of its epochs the best on the val split."""
+        file = self.work_dir / "scorer.safetensors"
+        if not file.is_file():
+            scorer, curve = train_scorer(
+                self.views("train"),
+                self.views("val"),
+                self.vit.patch_embed.proj,
+                self.vit.pixel_mean,
+                self.vit.pixel_std,
+                epochs=DISTILL_EPOCHS,
+                state=self.work_dir / "scorer.pth",
+                report=lambda epoch: console.print(epoch, highlight=False),
+            )
+            best = min(curve, key=lambda epoch: epoch.held_out)
+            scorer.origin = {"model": MODEL, "epoch": best.epoch}
+            scorer.save(file)
+        return file
 
     def kept(self, name: str, function: Callable[[], object]):
         """The result of a step, from an earlier run if there is one."""
@@ -201,6 +225,28 @@ def cpu_seconds(function: Callable[[Tensor], object], pixels: Tensor) -> float:
     started = time.thread_time()
     function(pixels)
     return time.thread_time() - started
+
+
+def parser_of(text: str, folder: str) -> argparse.ArgumentParser:
+    """With the flags of every study; ``folder`` is where its steps are kept."""
+    first, _, rest = text.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, help="timm's weights of the network (default: downloaded)")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs", folder), help="for finished steps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the features")
+    return parser
+
+
+def about(module: str, args: argparse.Namespace) -> dict:
+    """What the results of a study are headed by."""
+    return {
+        "hardware": f"{processor()}, 1 thread; CPU time, batch 1, float32; features for quality in {args.dtype}",
+        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
+        "weights": args.weights.name if args.weights else "timm's",
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
 
 
 def processor() -> str:
