@@ -1,0 +1,99 @@
+"""The measurement of box AP at equal tokens: its parts on small data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from benchmarks import equal_tokens_boxes as boxes
+from benchmarks.study import Setting
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Ten wide photographs with an object each, and one of the other class in the last."""
+    (tmp_path / "photos").mkdir()
+    images, objects = [], []
+    for number in range(10):
+        Image.new("RGB", (64, 48), (number, 90, 9)).save(tmp_path / f"photos/{number:012}.jpg")
+        images.append({"id": number, "file_name": f"{number:012}.jpg", "width": 64, "height": 48})
+        objects.append({"image_id": number, "category_id": 3, "bbox": [8, 4, 40, 36], "area": 40 * 36, "iscrowd": 0})
+    objects.append({"image_id": 9, "category_id": 7, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0})
+    objects.append({"image_id": 9, "category_id": 7, "bbox": [0, 0, 64, 48], "area": 64 * 48, "iscrowd": 1})
+    objects = [{**annotation, "id": index + 1} for index, annotation in enumerate(objects)]
+    categories = [{"id": 3, "name": "person"}, {"id": 7, "name": "cup"}]
+    content = {"images": images, "annotations": objects, "categories": categories}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    return COCO(str(tmp_path / "boxes.json")), tmp_path / "photos"
+
+
+def test_photographs_are_split_by_their_ids_and_crowds_left_out(data):
+    coco, folder = data
+    photos = boxes.read_photos(folder, coco)
+    assert [[photo.id for photo in photos[split]] for split in photos] == [list(range(7)), [7], [8, 9]]
+    last = photos["test"][-1]
+    assert last.classes.tolist() == [0, 1] and last.boxes[0].tolist() == [8, 4, 48, 40]
+    with pytest.raises(FileNotFoundError, match="none of the images"):
+        boxes.read_photos(folder / "other", coco)
+
+
+def test_upright_images_are_turned_and_squares_have_as_many_tokens():
+    shapes = [boxes.shape_of(Image.new("RGB", size), (336, 448)) for size in ((64, 48), (48, 64), (50, 50))]
+    assert shapes == [(336, 448), (448, 336), (392, 392)]
+
+
+def test_boxes_follow_the_image(data):
+    coco, folder = data
+    photo = boxes.read_photos(folder, coco)["train"][0]
+    image = Image.open(photo.path)
+    plain, mirrored = (boxes.sample_of(photo, image, (96, 128), is_mirrored) for is_mirrored in (False, True))
+    assert plain.gt_instances.bboxes.tolist() == [[16, 8, 96, 80]]
+    assert mirrored.gt_instances.bboxes.tolist() == [[32, 8, 112, 80]]
+
+
+def test_what_is_found_exactly_has_full_ap_and_draws_vary(data):
+    coco, _ = data
+    exact = [[number, 8, 4, 40, 36, 0.9, 0] for number in range(10)] + [[9, 0, 0, 10, 10, 0.9, 1]]
+    found = boxes.average_precisions(coco, range(10), exact, draws=3)
+    assert found["mAP"] == pytest.approx(100) and found["person"] == pytest.approx(100)
+    assert np.mean(found["draws"]) == pytest.approx(100)
+    half = boxes.average_precisions(coco, range(10), exact[::2], draws=20)
+    assert half["mAP"] == pytest.approx(75, abs=1) and np.std(half["draws"]) > 1
+
+
+def test_a_detector_learns_from_maps_and_resumes(data, tmp_path, monkeypatch):
+    coco, folder = data
+    monkeypatch.setattr(boxes, "EPOCHS", 2)
+    monkeypatch.setattr(boxes, "BATCH", 2)
+    torch.manual_seed(0)
+    detector = boxes.Detector(8, 2)
+    start = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    samples = [
+        (torch.randn(8, 8, 8).half(), boxes.sample_of(photo, Image.open(photo.path).resize((50, 50)), (112, 112)))
+        for photo in boxes.read_photos(folder, coco)["train"]
+    ]
+    boxes.train_detector(detector, samples, 0, tmp_path / "state.pth")
+    trained = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    detector.load_state_dict(start)
+    boxes.train_detector(detector, samples, 0, tmp_path / "state.pth")  # finished: its weights come back
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in detector.state_dict().items())
+    probabilities = detector.eval().probabilities(samples[0][0][None])
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(1, 8, 8))
+
+
+def test_gains_are_over_the_dense_curve():
+    def of(value):
+        return {"AP": [{**dict.fromkeys(boxes.KINDS, value), "draws": [value - 1, value + 1]}]}
+
+    measured = {
+        Setting("dense", (28, 28)): {"tokens": 100, **of(10.0)},
+        Setting("dense", (56, 56)): {"tokens": 200, **of(20.0)},
+        Setting("apt", (56, 56), "learned", 150): {"tokens": 150, **of(17.0)},
+        Setting("apt", (56, 56), "learned", 300): {"tokens": 300, **of(21.0)},
+    }
+    inside, beyond = boxes.gains(measured)
+    assert inside["mAP"] == [17.0, 2.0] and inside["error"] == 0 and beyond["mAP"] == [21.0, None]
