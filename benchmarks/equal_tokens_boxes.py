@@ -139,6 +139,8 @@ class Detector(nn.Module):
 class BoxStudy(Study):
     """The network on photographs, and detectors that read its maps."""
 
+    distill_epochs = 6  # of three times as many images as CamVid has
+
     def __init__(self, folder: Path, annotations: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
         super().__init__(weights, work_dir, dtype, (-1,))
         with contextlib.redirect_stdout(io.StringIO()):
@@ -188,16 +190,16 @@ class BoxStudy(Study):
             for group in groups.values()
         ]
 
-    def detections(self, setting: Setting, split: str) -> dict:
-        """Tokens per image, and every seed's detections."""
+    def detections(self, setting: Setting) -> dict:
+        """Tokens per image of the test split, and every seed's detections."""
 
         def measure() -> dict:
             detectors = [self.detector(seed) for seed in SEEDS]
-            stored = self.dense(split, setting.image) if setting.method == "dense" else None
+            stored = self.dense("test", setting.image) if setting.method == "dense" else None
             found, tokens = [[] for _ in SEEDS], 0.0
             torch.manual_seed(0)
             with self.as_set(setting):
-                for index, photo in enumerate(track(self.photos[split], f"{split} {setting.name}", console=console)):
+                for index, photo in enumerate(track(self.photos["test"], setting.name, console=console)):
                     if stored is None:
                         image = read_rgb(photo.path)
                         maps, count = self.maps_of(setting, pixels_of(image, setting.image))
@@ -208,22 +210,21 @@ class BoxStudy(Study):
                     tokens += count
                     for detector, lines in zip(detectors, found):
                         lines += [[photo.id, *line] for line in detections_of(detector, maps, sample)]
-            return {"tokens": tokens / len(self.photos[split]), "detections": found}
+            return {"tokens": tokens / len(self.photos["test"]), "detections": found}
 
-        return self.kept(f"{split}_{setting.name}", measure)
+        return self.kept(f"{setting.name}_detections", measure)
 
-    def quality(self, setting: Setting, split: str) -> dict:
-        """Tokens per image, and every seed's average precisions."""
+    def quality(self, setting: Setting) -> dict:
+        """Tokens per image, and every seed's average precisions, on the test split."""
 
         def measure() -> dict:
-            kept, ids = self.detections(setting, split), [photo.id for photo in self.photos[split]]
-            draws = DRAWS if split == "test" else 0
+            kept, ids = self.detections(setting), [photo.id for photo in self.photos["test"]]
             return {
                 "tokens": kept["tokens"],
-                "AP": [average_precisions(self.coco, ids, lines, draws) for lines in kept["detections"]],
+                "AP": [average_precisions(self.coco, ids, lines, DRAWS) for lines in kept["detections"]],
             }
 
-        return self.kept(f"{split}_{setting.name}_AP", measure)
+        return self.kept(f"{setting.name}_AP", measure)
 
 
 def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -340,10 +341,10 @@ def all_settings() -> list[Setting]:
     return dense + learned + pixel + others
 
 
-def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> list[dict]:
+def lines_of(setting: Setting, quality: dict, ms: float) -> list[dict]:
     """Entries of the results file, one per seed of the detector."""
     point = {"method": setting.method, "scorer": setting.scorer, "image": text(setting.image)}
-    point |= {"tokens": round(quality["tokens"], 1), "split": split, "ms": None if ms is None else round(ms, 1)}
+    point |= {"tokens": round(quality["tokens"], 1), "split": "test", "ms": round(ms, 1)}
     lines = []
     for seed, found in enumerate(quality["AP"]):
         values = {name: round(value, 2) for name, value in found.items() if name != "draws"}
@@ -391,11 +392,10 @@ def draw(path: Path, results: list[dict]) -> None:
             return "dense, smaller images"
         return f"{line['scorer'] or line['method']}, image of {line['image']}"
 
-    tested = [line for line in results if line["split"] == "test"]
     figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for panel, key in zip(panels, ("mAP", "small", "person")):
-        for name in dict.fromkeys(map(name_of, tested)):
-            lines = [line for line in tested if name_of(line) == name]
+        for name in dict.fromkeys(map(name_of, results)):
+            lines = [line for line in results if name_of(line) == name]
             points = sorted({line["tokens"] for line in lines})
             values = [[line[key] for line in lines if line["tokens"] == point] for point in points]
             style = dict(color="black", linestyle="--") if "dense" in name else {}
@@ -419,16 +419,15 @@ def main() -> None:
     args = parser.parse_args()
     study = BoxStudy(args.images, args.annotations, args.weights, args.work_dir, getattr(torch, args.dtype))
     settings, results = all_settings(), []
-    measured = {split: {s: study.quality(s, split) for s in settings} for split in ("val", "test")}
+    measured = {setting: study.quality(setting) for setting in settings}
     photos = study.photos["test"]
     times = study.times(settings, lambda n, size: pixels_of(read_rgb(photos[n * (len(photos) // 4)].path), size))
-    for split, qualities in measured.items():
-        for setting, quality in qualities.items():
-            results += lines_of(setting, split, quality, times[setting.name])
+    for setting, quality in measured.items():
+        results += lines_of(setting, quality, times[setting.name])
     content = {
         **about("equal_tokens_boxes", args),
-        "images": {split: [photo.id for photo in photos] for split, photos in study.photos.items()},
-        "gains": gains(measured["test"]),
+        "images": {split: " ".join(str(photo.id) for photo in part) for split, part in study.photos.items()},
+        "gains": gains(measured),
         "results": results,
     }
     write_atomically(args.out, json.dumps(content, indent=1) + "\n")

@@ -30,7 +30,6 @@ from apt_backbones.selection import normalize
 from . import tome
 
 MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
-DISTILL_EPOCHS = 16
 
 console = Console(stderr=True)
 
@@ -70,6 +69,8 @@ class Study:
         blocks: after which maps are taken.
     """
 
+    distill_epochs = 16
+
     def __init__(self, weights: Path | None, work_dir: Path, dtype: torch.dtype, blocks: Sequence[int]):
         self.weights, self.work_dir, self.dtype, self.blocks = weights, work_dir, dtype, blocks
         self.vit = self.build()
@@ -101,7 +102,7 @@ class Study:
                 self.vit.patch_embed.proj,
                 self.vit.pixel_mean,
                 self.vit.pixel_std,
-                epochs=DISTILL_EPOCHS,
+                epochs=self.distill_epochs,
                 state=self.work_dir / "scorer.pth",
                 report=lambda epoch: console.print(epoch, highlight=False),
             )
