@@ -3,7 +3,7 @@
 
 examples:
   python -m benchmarks.equal_tokens_classes clothing-dataset-small --out docs/results/equal_tokens_clothing.json
-  python -m benchmarks.equal_tokens_classes clothing-dataset-small --weights dinov2_s14.safetensors
+  python -m benchmarks.equal_tokens_classes photos/ --weights dinov2_s14.safetensors --scorer scorer.safetensors
 
 The folder holds train, validation and test. Heads read the CLS token, and the mean over the tokens of the image: with
 merged tokens by their area, as ``adapt`` has it, or with every token once. They are trained on dense images of 224
@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with train, validation and test, a folder per class in each")
     parser.add_argument("--weights", type=Path, help="of the network; timm's are downloaded otherwise")
+    parser.add_argument("--scorer", help="file of a learned scorer, measured as well")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     vit = timm.create_model(MODEL, pretrained=args.weights is None, num_classes=0, dynamic_img_size=True)
@@ -108,12 +109,17 @@ def main() -> None:
             for pool in POOLS:
                 for seed, head in enumerate(heads[pool]):
                     accuracy = 100 * float((head(x[pool]).argmax(1) == labels).float().mean())
-                    line = {"method": method, "scorer": scorer, "image": side, "tokens": round(tokens, 1)}
+                    line = {
+                        "method": method,
+                        "scorer": scorer and Path(scorer).stem,
+                        "image": side,
+                        "tokens": round(tokens, 1),
+                    }
                     results.append({**line, "pool": pool, "accuracy": round(accuracy, 2), "split": split, "seed": seed})
 
     for side in SMALLER:
         measure("dense", None, side)
-    for merge, scorer in ADAPTIVE:
+    for merge, scorer in (*ADAPTIVE, *([("resizing", args.scorer)] if args.scorer else [])):
         for keep in KEEPS:
             adapt(vit, calibrated(args.folder, scorer, keep), scorer, merge)
             measure(merge, scorer, SIDE)
