@@ -1,17 +1,12 @@
-"""The short fine-tune when it is killed, when a disk is full, and in several processes: it goes on, or says why not.
-
-Its processes are forked from one that has imported everything already, which takes longer than the runs themselves.
-"""
+"""The short fine-tune when it is killed, when a disk is full, and in several processes: it goes on, or says why not."""
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 
@@ -23,9 +18,9 @@ from llava_apt import finetune
 from llava_apt.run_folder import last_checkpoint
 
 from .llava_tiny import finetune_options, photo, save_task
+from .processes import end, environments, fork, preload
 
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["tests.llava_tiny", "llava_apt.finetune"])
+preload("tests.llava_tiny", "llava_apt.finetune")
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # what auditing tells of
 numbers = itertools.count()
 
@@ -66,12 +61,6 @@ def start(task, output, *more, environment=(), dies_at_write=None, largest_file=
     process.start()
     process.log = log
     return process
-
-
-def end(process, timeout=100) -> int:
-    process.join(timeout)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode
 
 
 def run(task, output, *more, **how) -> None:
@@ -198,12 +187,7 @@ def test_what_a_loaders_process_finds_out_is_one_line_too(task, tmp_path):
 
 
 def start_two(task, output, *more):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for rank in range(2):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for environment in environments(2):
         yield start(task, output, "--ddp_backend", "gloo", *more, environment=environment)
 
 
