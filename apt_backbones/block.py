@@ -93,7 +93,7 @@ def run_block(
         before, after = _compiled(before, options), _compiled(after, options)
         rotation = None if rotation is None else torch.view_as_real(rotation)
     qkv = fused.qkv.fuse((attn.q_proj, attn.k_proj, attn.v_proj)) if getattr(attn, "qkv", None) is None else None
-    fc1 = fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x)) if type(mlp) is SwiGLU else None
+    fc1 = fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x)) if isinstance(mlp, SwiGLU) else None
     q, k, v, gate = before(block, x_TD, rotation, qkv)
     x_TNH = varlen_attention(q, k, v, segments, call.backend)
     del q, k, v  # the MLP takes their memory
@@ -108,7 +108,7 @@ def _before_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Rotated queries and keys and values (T, N, H), and the gate of attention's output."""
     attn = block.attn
-    if type(block) in _PRE_NORM:
+    if isinstance(block, _PRE_NORM):
         x_TD = block.norm1(x_TD)
     gate = None if getattr(attn, "gate", None) is None else attn.gate(x_TD).sigmoid()
     half = getattr(attn, "rotate_half", False)
@@ -148,7 +148,7 @@ def _after_attention(
 ) -> Tensor:
     """The tokens after a block, given what attention made of them."""
     x_TD = x_TD + _scale(_attended(block, x_TNH, gate), keep[0])
-    if type(block) in _PRE_NORM:
+    if isinstance(block, _PRE_NORM):
         return x_TD + _scale(_layer_scale(block, 2, _mlp(block.mlp, block.norm2(x_TD), fused)), keep[1])
     return x_TD + _scale(block.norm2(_mlp(block.mlp, x_TD, fused)), keep[1])
 
@@ -157,7 +157,7 @@ def _attended(block: nn.Module, x_TNH: Tensor, gate: Tensor | None) -> Tensor:
     """The branch of attention (T, D)."""
     attn, x_TD = block.attn, block.attn.norm(x_TNH.flatten(1))
     x_TD = attn.proj_drop(attn.proj(x_TD if gate is None else x_TD * gate))
-    return _layer_scale(block, 1, x_TD) if type(block) in _PRE_NORM else block.norm1(x_TD)
+    return _layer_scale(block, 1, x_TD) if isinstance(block, _PRE_NORM) else block.norm1(x_TD)
 
 
 def _layer_scale(block: nn.Module, branch: int, x_TD: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _layer_scale(block: nn.Module, branch: int, x_TD: Tensor) -> Tensor:
 
 
 def _mlp(mlp: nn.Module, x_TD: Tensor, fused: tuple[Tensor, Tensor] | None) -> Tensor:
-    if type(mlp) is not SwiGLU:
+    if not isinstance(mlp, SwiGLU):
         return mlp(x_TD)
     gate, hidden = (mlp.fc1_g(x_TD), mlp.fc1_x(x_TD)) if fused is None else F.linear(x_TD, *fused).chunk(2, dim=-1)
     is_dropped = mlp.training and mlp.drop1.p > 0

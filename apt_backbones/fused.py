@@ -1,6 +1,6 @@
 """Frozen linear layers on the same input as one matrix product, without a second copy of their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ class FusedLinears:
 
         Returns:
             None if the layers must run one by one: because one of them trains (its optimizer or a sharding wrapper
-            may keep hold of its memory), is not a plain ``nn.Linear`` (an adapter or a quantized layer), or has hooks.
+            may keep hold of its memory), is not a plain ``nn.Linear`` (an adapter or a quantized layer), is sharded, or
+            has hooks.
         """
-        if any(type(layer) is not nn.Linear or layer.weight.requires_grad or _is_hooked(layer) for layer in layers):
+        if any(type(layer) is not nn.Linear or layer.weight.requires_grad or is_hooked(layer) for layer in layers):
             return None
         if not self._is_current(layers):
             self._fuse(layers)
@@ -77,5 +78,16 @@ class FusedLinears:
             torch._dynamo.mark_static(fused)
 
 
-def _is_hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module's call does more than its ``forward``, or ``fully_shard`` (FSDP) has hooks on its weights."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+class Hooked(nn.Module):
+    """Stands for a module whose call runs a function, with the module's own hooks around it."""
+
+    def __init__(self, module: nn.Module, function: Callable):
+        super().__init__()
+        self.__dict__.update(module.__dict__)
+        self.forward = function

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import BACKENDS
 from .block import Call, FusedBlock, check_block, run_block
 from .embed import AdaptivePatchEmbed
+from .fused import Hooked, is_hooked
 from .layout import PatchLayout, Segments, check_window
 from .learned import LearnedScorer
 from .rotary import ROPE_POSITIONS
@@ -205,10 +206,16 @@ class AdaptiveTrunk(nn.Module):
             segments = layout.windows if self.is_windowed(index) else layout.images
             arguments = (index, x_TD, call, segments, rotations[index])
             if self.with_cp and torch.is_grad_enabled() and x_TD.requires_grad:
-                x_TD = checkpoint(self.run_block, *arguments, use_reentrant=False)
+                x_TD = checkpoint(self._run_block, *arguments, use_reentrant=False)
             else:
-                x_TD = self.run_block(*arguments)
+                x_TD = self._run_block(*arguments)
             yield index, x_TD
+
+    def _run_block(self, index: int, x_TD: Tensor, *others) -> Tensor:
+        """``run_block`` between the block's own hooks, such as those with which FSDP gathers and frees its weights."""
+        if not is_hooked(self.blocks[index]):
+            return self.run_block(index, x_TD, *others)
+        return Hooked(self.blocks[index], lambda x_TD: self.run_block(index, x_TD, *others))(x_TD)
 
     def is_windowed(self, index: int) -> bool:
         """Whether a block attends within windows."""

@@ -262,7 +262,7 @@ def test_savers_keep_every_weight_of_a_frozen_trunk_that_ran(tmp_path):
     assert not any(parameter.any() for parameter in model.parameters())
 
 
-def test_hooks_and_adapters_on_fused_layers_act():
+def test_hooks_and_adapters_on_blocks_and_fused_layers_act():
     model, images = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS)), pictures(1, 128, 80)
     expected = model(images)[0]
     seen = []
@@ -270,6 +270,9 @@ def test_hooks_and_adapters_on_fused_layers_act():
     model.blocks[2].mlp.fc1_g.register_forward_hook(lambda module, inputs, output: 0 * output)
     changed = model(images)[0]
     assert seen == ["k_proj"] and not torch.allclose(changed, expected)
+    model.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape) or 2 * output)
+    assert not torch.allclose(model(images)[0], changed)
+    assert seen[1:] == [(model.last_layout.num_tokens, model.embed_dim), "k_proj"]
 
 
 def test_a_model_built_without_memory_equals_the_original():

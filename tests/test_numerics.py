@@ -7,10 +7,16 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from apt_backbones import AdaptiveTrunk, APTEva02, adapt, freeze_host
 from tests.golden import relative_error
+from tests.processes import preload, run_ranks
+
+preload(__name__)
 
 THRESHOLDS = {32: 5.5, 64: 5.5}
 
@@ -31,12 +37,19 @@ def augreg():
     return adapt(model, THRESHOLDS)
 
 
-@pytest.fixture(params=[eva02, dinov3, augreg], ids=lambda build: build.__name__)
-def trunk(request):
-    torch.manual_seed(0)
-    trunk = request.param().eval()
+def made(build, seed=0):
+    torch.manual_seed(seed)
+    trunk = build().eval()
     nn.init.normal_(trunk.adaptive_embed.zero_mlp.weight, std=0.02)
     return trunk
+
+
+BUILDS = pytest.mark.parametrize("build", [eva02, dinov3, augreg], ids=lambda build: build.__name__)
+
+
+@pytest.fixture(params=BUILDS.args[1], ids=BUILDS.kwargs["ids"])
+def trunk(request):
+    return made(request.param)
 
 
 def pictures(batch=2, height=128, width=96, seed=0):
@@ -96,15 +109,16 @@ def test_every_way_of_keeping_a_model_keeps_its_results(trunk):
         assert twin.adaptive_embed.zero_mlp.weight.grad.any()
 
 
+class Loss(nn.Module):
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images):
+        return self.trunk.feature_maps(images)[0].square().mean()
+
+
 def test_activation_checkpointing_and_ddp_give_the_same_gradients(trunk, tmp_path):
-    class Loss(nn.Module):
-        def __init__(self, trunk):
-            super().__init__()
-            self.trunk = trunk
-
-        def forward(self, images):
-            return self.trunk.feature_maps(images)[0].square().mean()
-
     images = normalized(trunk, pictures())
     gradients = []
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -118,6 +132,41 @@ def test_activation_checkpointing_and_ddp_give_the_same_gradients(trunk, tmp_pat
         torch.distributed.destroy_process_group()
     for other in gradients[1:]:
         assert relative_error(other, gradients[0]) <= 1e-6
+
+
+def _sharded(rank, build, with_cp):
+    """Weights and gradients of a sharded trunk that is filled after it has run."""
+    torch.distributed.init_process_group("gloo")
+    model, others = Loss(freeze_host(made(build, seed=1)).train()), Loss(made(build)).state_dict()
+    model.trunk.with_cp = with_cp
+    mesh, whole = init_device_mesh("cpu", (2,)), StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for block in model.trunk.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    images = normalized(model.trunk, pictures(seed=rank))
+    model(images).backward()
+    assert all(p.to_local().numel() <= (p.numel() + 1) // 2 + p[0].numel() for p in model.trunk.blocks.parameters())
+    set_model_state_dict(model, others, options=whole)
+    model.zero_grad()
+    model(images).backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    return get_model_state_dict(model, options=whole), gradients
+
+
+@BUILDS
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_a_frozen_trunk_sharded_block_by_block_trains_as_a_whole_one(build, with_cp, tmp_path):
+    """As docs/reliability.md has it, in two processes."""
+    model = Loss(freeze_host(made(build)).train())
+    for rank in range(2):
+        (model(normalized(model.trunk, pictures(seed=rank))) / 2).backward()
+    (weights, gradients), _ = run_ranks(2, tmp_path, _sharded, build, with_cp)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert relative_error(gradients.pop(name), parameter.grad) <= 1e-5
+    assert not gradients
 
 
 @torch.no_grad()
