@@ -1,5 +1,7 @@
 """Heat maps of feature errors, drawn by the tool as a user runs it."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,16 @@ def test_the_tool_draws_every_image_and_lists_its_errors(case, folder, tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"half_error.png", "pixel_error.png"}
     printed = capsys.readouterr().out
     assert "half.png" in printed and "mean of 2" in printed
+
+
+def test_a_damaged_image_is_left_out_of_the_table(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "damaged.png").write_bytes((folder / "half.png").read_bytes()[:500])
+    config, weights = CASES["det"]
+    model = ("--config", ROOT / config, "--checkpoint", ROOT / "det_configs/checkpoints" / weights)
+    images = (tmp_path / "damaged.png", folder / "half.png")
+    run_script(monkeypatch, "tools/analyze_error.py", *images, *model, "--out-dir", tmp_path)
+    printed = capsys.readouterr()
+    assert re.search(r"left out .*damaged\.png.*not a readable image", printed.err) and "mean of 1" in printed.out
 
 
 def test_dense_configs_are_refused(folder, monkeypatch):

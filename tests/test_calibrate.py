@@ -182,6 +182,14 @@ def test_mistakes_end_in_one_line(folder, monkeypatch, arguments, message):
         run_script(monkeypatch, TOOL, "--images", folder, *arguments)
 
 
+@pytest.mark.parametrize("name", ["plot.nonsense", "0.png/plot.png"])
+def test_a_plot_that_cannot_be_written_leaves_the_thresholds(name, folder, monkeypatch, capsys):
+    """They are printed first; 0.png is an image, not a folder."""
+    with pytest.raises(SystemExit, match=r"^error: .*(nonsense|0\.png)"):
+        run_script(monkeypatch, TOOL, "--images", folder, "--sizes", 32, "--keep", 0.7, "--plot", folder / name)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("thresholds={32: ")
+
+
 def test_the_base_grid_holds_no_uninitialised_numbers():
     """They could be NaN, which marks an image as unusable."""
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN

@@ -27,7 +27,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from tools.cli import parser_of, run
@@ -37,6 +36,7 @@ from benchmarks import report
 from benchmarks.build import DTYPES, MODES, make_host
 from benchmarks.hosts import INFERENCE
 from benchmarks.measure import measure
+from tools.machine import add_device_argument
 
 OLD_HEADS = {"plain": "reference", "cheap": "fast"}
 
@@ -44,7 +44,7 @@ OLD_HEADS = {"plain": "reference", "cheap": "fast"}
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="adaptive configurations, or LLaVA shapes")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation (default: fp32)")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--img-sizes", type=int, nargs="+", help="sides of the square (default: the configuration's)")
@@ -68,8 +68,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and every single time here")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="speeds; for several --img-sizes how cost grows")
     args = parser.parse_args()
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU and driver")
     if bool(args.configs) == args.scorers:
         parser.error("name configurations, or none with --scorers")
     if args.blocks and args.whole:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt_backbones.scores import check_sizes
 from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
+from tools.machine import add_device_argument
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
 TARGETS = ("head", "features")
@@ -32,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
     add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
     add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    add_device_argument(parser)
     add("--plot", type=Path, metavar="PNG", help="also plot the curve")
 
 

@@ -1,5 +1,6 @@
-"""What a measurement ran on."""
+"""What tools run on."""
 
+import argparse
 import os
 import platform
 from pathlib import Path
@@ -19,3 +20,18 @@ def hardware() -> str:
     """The processor and what of it torch uses, or the GPU."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     return f"{processor()}, {os.cpu_count()} cores; {device}"
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=default, help="default: a GPU if there is one")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text} is no device; use cuda or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no GPU and driver; use cpu")
+    return device
