@@ -96,7 +96,16 @@ tta_pipeline = [
 """
 
 # What Python blocks of a document take for granted.
-PRELUDES = {"llava_apt/README.md": 'from PIL import Image\n\nimage = Image.open("photo.jpg")\n'}
+PRELUDES = {
+    "llava_apt/README.md": 'from PIL import Image\n\nimage = Image.open("photo.jpg")\n',
+    "docs/reliability.md": """
+import timm, torch
+from apt_backbones import adapt
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+model = adapt(timm.create_model("vit_tiny_patch16_224", depth=2), {32: 5.5})
+""",
+}
 
 
 def fill(folder: Path) -> None:
