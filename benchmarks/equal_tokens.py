@@ -100,10 +100,14 @@ HEADS = {
 }
 
 
-def all_settings() -> list[Setting]:
+def all_settings(head: str) -> list[Setting]:
+    """Of the linear head; of the slower one fewer budgets and scorers."""
+    budgets, scorers = BUDGETS, (*SCORERS, TRUE)
+    if head != "linear":
+        budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
     dense = [Setting("dense", size) for size in sorted((*SMALLER, *BASES))]
-    learned = [Setting("apt", size, "learned", budget) for size in BASES for budget in BUDGETS[size]]
-    pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in (*SCORERS, TRUE) for budget in OTHERS]
+    learned = [Setting("apt", size, "learned", budget) for size in BASES for budget in budgets[size]]
+    pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in scorers for budget in OTHERS]
     others = [Setting(method, BASES[0], None, budget) for method in ("random", "tome") for budget in OTHERS]
     return dense + learned + pixel + others
 
@@ -355,7 +359,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_camvid[_upernet].json")
     args = parser.parse_args()
     study = CamVidStudy(args.data, args.head, args.weights, args.work_dir, getattr(torch, args.dtype))
-    settings, results, head = all_settings(), [], study.head
+    settings, results, head = all_settings(args.head), [], study.head
     # On the val split only what is chosen on it, and what it is compared with.
     chosen = (
         [s for s in settings if s.method == "dense" or s.scorer in ("learned", TRUE)] if len(head.sizes) > 1 else []

@@ -37,7 +37,6 @@ from apt_backbones.distill import Views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.mm.det import SimpleFeaturePyramid
-from apt_backbones.scores import SCORERS
 
 from .study import MERGED, PATCH, Setting, Study, about, between, console, parser_of, text
 
@@ -336,7 +335,7 @@ def all_settings() -> list[Setting]:
 
     dense = [Setting("dense", size) for size in (*SMALLER, BASE, LARGER)]
     learned = [Setting("apt", size, "learned", tokens(size, share)) for size in BUDGETS for share in BUDGETS[size]]
-    pixel = [Setting("apt", BASE, scorer, tokens(BASE, 0.6)) for scorer in SCORERS]
+    pixel = [Setting("apt", BASE, scorer, tokens(BASE, 0.6)) for scorer in ("entropy", "upsample_mse")]
     others = [Setting(method, BASE, None, tokens(BASE, 0.6)) for method in ("random", "tome")]
     return dense + learned + pixel + others
 
