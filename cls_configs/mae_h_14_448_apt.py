@@ -1,4 +1,4 @@
 """MAE's ViT-H/14 at 448 pixels, adaptive patches: full fine-tuning from masked-image pretraining."""
 
-_base_ = ["_base_/mae_h_14_448.py", "_base_/thresholds_p14.py"]
-model = _base_.adaptive
+_base_ = "mae_h_14_448_dense.py"
+model = _base_.adaptive_14

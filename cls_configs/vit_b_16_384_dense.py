@@ -1,3 +1,8 @@
 """ViT-B/16 at 384 pixels, dense: timm's fine-tuned model; training is one more epoch, as the adaptive ones have it."""
 
-_base_ = "_base_/vit_b_16_384.py"
+_base_ = "_base_/short_finetune.py"
+model = dict(type="TimmClassifier", model="vit_base_patch16_384.augreg_in21k_ft_in1k", img_size=384)
+dataset = dict(model=model["model"], img_size=384)
+train_dataloader = dict(dataset=dataset)
+val_dataloader = test_dataloader = dict(dataset=dataset)
+load_from = "checkpoints/vit_base_patch16_384.augreg_in21k_ft_in1k.safetensors"

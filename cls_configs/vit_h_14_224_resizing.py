@@ -1,4 +1,4 @@
 """ViT-H/14 at 224 pixels, merged patches without new layers: one epoch from timm's fine-tuned model."""
 
-_base_ = ["_base_/vit_h_14_224.py", "_base_/thresholds_p14.py"]
-model = dict(**_base_.adaptive, merge="resizing")
+_base_ = "vit_h_14_224_dense.py"
+model = dict(**_base_.adaptive_14, merge="resizing")

@@ -1,4 +1,4 @@
 """ViT-H/14 at 336 pixels, patches dropped at random: one epoch from timm's fine-tuned model."""
 
-_base_ = ["_base_/vit_h_14_336.py", "_base_/thresholds_p14.py"]
-model = dict(**_base_.adaptive, merge="random")
+_base_ = "vit_h_14_336_dense.py"
+model = dict(**_base_.adaptive_14, merge="random")

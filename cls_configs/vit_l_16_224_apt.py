@@ -1,4 +1,4 @@
 """ViT-L/16 at 224 pixels, adaptive patches: one epoch from timm's fine-tuned model."""
 
-_base_ = ["_base_/vit_l_16_224.py", "_base_/thresholds_p16.py"]
+_base_ = "vit_l_16_224_dense.py"
 model = _base_.adaptive

@@ -1,12 +1,6 @@
 """DINOv3 ViT-B at 1024 pixels with adaptive patches, short fine-tuned from the dense detector."""
 
-_base_ = [
-    "_base_/vitdet_b_16_1024.py",
-    "_base_/coco_1024.py",
-    "_base_/short_finetune_3k.py",
-    "_base_/runtime.py",
-    "_base_/thresholds_16_1024.py",
-]
+_base_ = ["_base_/vitdet_b_16_1024.py", "_base_/coco_1024.py", "_base_/short_finetune_3k.py"]
 model = dict(
     type="ShortFinetuneCascadeRCNN", backbone=dict(model="vit_base_patch16_dinov3.lvd1689m", **_base_.adaptive)
 )

@@ -1,4 +1,4 @@
 """Baseline: as many base patches dropped at random as adaptive patches would save; nothing to train."""
 
-_base_ = ["eva02_b_dense_1536.py", "_base_/thresholds_1536.py"]
+_base_ = "eva02_b_dense_1536.py"
 model = dict(backbone=dict(**_base_.adaptive, merge="random"))

@@ -1,6 +1,6 @@
 """Adaptive patches, short fine-tuned from the dense detector: 5 % of its iterations, a tenth of its learning rate."""
 
-_base_ = ["eva02_tiny_dense_photoshapes.py", "_base_/thresholds_photoshapes.py"]
+_base_ = "eva02_tiny_dense_photoshapes.py"
 max_iters = 60
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=1e-4))

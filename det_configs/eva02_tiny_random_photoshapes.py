@@ -1,4 +1,4 @@
 """Baseline: as many base patches dropped at random as adaptive patches would save; nothing to train."""
 
-_base_ = ["eva02_tiny_dense_photoshapes.py", "_base_/thresholds_photoshapes.py"]
+_base_ = "eva02_tiny_dense_photoshapes.py"
 model = dict(backbone=dict(**_base_.adaptive, merge="random"))

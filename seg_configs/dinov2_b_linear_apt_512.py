@@ -1,15 +1,9 @@
 """DINOv2 ViT-B with a linear head at 512 pixels with adaptive patches, short fine-tuned from the dense model."""
 
-_base_ = [
-    "_base_/linear_512.py",
-    "_base_/ade20k_512.py",
-    "_base_/short_finetune_linear_4k.py",
-    "_base_/runtime.py",
-    "_base_/thresholds_ade20k_14.py",
-]
+_base_ = ["_base_/linear_512.py", "_base_/ade20k_512.py", "_base_/short_finetune_linear_4k.py"]
 model = dict(
     type="ShortFinetuneEncoderDecoder",
-    backbone=dict(model="vit_base_patch14_dinov2.lvd142m", **_base_.adaptive, img_size=518),
+    backbone=dict(model="vit_base_patch14_dinov2.lvd142m", **_base_.adaptive_14, img_size=518),
     decode_head=dict(in_channels=768, channels=768),
 )
 load_from = "work_dirs/seg/dinov2_b_linear_dense_512/iter_80000.pth"

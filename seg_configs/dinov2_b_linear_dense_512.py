@@ -1,6 +1,6 @@
 """DINOv2 ViT-B with a linear head at 512 pixels, dense, trained from timm's weights."""
 
-_base_ = ["_base_/linear_512.py", "_base_/ade20k_512.py", "_base_/schedule_linear_80k.py", "_base_/runtime.py"]
+_base_ = ["_base_/linear_512.py", "_base_/ade20k_512.py", "_base_/schedule_linear_80k.py"]
 weights = dict(
     model="vit_base_patch14_dinov2.lvd142m",
     checkpoint="checkpoints/vit_base_patch14_dinov2.lvd142m.safetensors",

@@ -1,12 +1,6 @@
 """DINOv3 ViT-B + UperNet at 512 pixels with adaptive patches, short fine-tuned from the dense model."""
 
-_base_ = [
-    "_base_/timm_b_512.py",
-    "_base_/ade20k_512.py",
-    "_base_/short_finetune_4k.py",
-    "_base_/runtime.py",
-    "_base_/thresholds_ade20k.py",
-]
+_base_ = ["_base_/timm_b_512.py", "_base_/ade20k_512.py", "_base_/short_finetune_4k.py"]
 model = dict(
     type="ShortFinetuneEncoderDecoder", backbone=dict(model="vit_base_patch16_dinov3.lvd1689m", **_base_.adaptive)
 )

@@ -1,6 +1,6 @@
 """DINOv3 ViT-L + UperNet at 512 pixels, dense, trained from timm's weights."""
 
-_base_ = ["_base_/timm_l_512.py", "_base_/ade20k_512.py", "_base_/schedule_80k.py", "_base_/runtime.py"]
+_base_ = ["_base_/timm_l_512.py", "_base_/ade20k_512.py", "_base_/schedule_80k.py"]
 weights = dict(
     model="vit_large_patch16_dinov3.lvd1689m", checkpoint="checkpoints/vit_large_patch16_dinov3.lvd1689m.safetensors"
 )

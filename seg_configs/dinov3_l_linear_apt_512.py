@@ -1,12 +1,6 @@
 """DINOv3 ViT-L with a linear head at 512 pixels with adaptive patches, short fine-tuned from the dense model."""
 
-_base_ = [
-    "_base_/linear_512.py",
-    "_base_/ade20k_512.py",
-    "_base_/short_finetune_linear_4k.py",
-    "_base_/runtime.py",
-    "_base_/thresholds_ade20k.py",
-]
+_base_ = ["_base_/linear_512.py", "_base_/ade20k_512.py", "_base_/short_finetune_linear_4k.py"]
 model = dict(
     type="ShortFinetuneEncoderDecoder",
     backbone=dict(model="vit_large_patch16_dinov3.lvd1689m", **_base_.adaptive),

@@ -1,12 +1,6 @@
 """Adaptive patches, short fine-tuned from the dense model: 5 % of its 60k iterations at a tenth of its rate."""
 
-_base_ = [
-    "_base_/eva02_b_512.py",
-    "_base_/ade20k_512.py",
-    "_base_/schedule_60k_b.py",
-    "_base_/runtime.py",
-    "_base_/thresholds_ade20k.py",
-]
+_base_ = ["_base_/eva02_b_512.py", "_base_/ade20k_512.py", "_base_/schedule_60k_b.py"]
 model = dict(type="ShortFinetuneEncoderDecoder", backbone=_base_.adaptive)
 optim_wrapper = dict(optimizer=dict(lr=6e-6))
 param_scheduler = [

@@ -1,4 +1,4 @@
 """Baseline: merged patches are only resized; nothing to train."""
 
-_base_ = ["eva02_l_dense_512.py", "_base_/thresholds_ade20k.py"]
+_base_ = "eva02_l_dense_512.py"
 model = dict(backbone=dict(**_base_.adaptive, merge="resizing"))

@@ -1,6 +1,6 @@
 """Adaptive patches on PhotoShapes: 5 % of the dense model's iterations at a tenth of its learning rate."""
 
-_base_ = ["eva02_tiny_dense_photoshapes.py", "_base_/thresholds_photoshapes.py"]
+_base_ = "eva02_tiny_dense_photoshapes.py"
 model = dict(type="ShortFinetuneEncoderDecoder", backbone=_base_.adaptive)
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
 param_scheduler = [

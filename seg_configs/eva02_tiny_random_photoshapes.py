@@ -1,4 +1,4 @@
 """Baseline on PhotoShapes, for testing only."""
 
-_base_ = ["eva02_tiny_dense_photoshapes.py", "_base_/thresholds_photoshapes.py"]
+_base_ = "eva02_tiny_dense_photoshapes.py"
 model = dict(backbone=dict(**_base_.adaptive, merge="random"))

@@ -1,6 +1,6 @@
 """From masked-image pretraining: MAE's fine-tuning (arXiv 2111.06377, table 9) with the learning rate of APT."""
 
-_base_ = ["imagenet.py", "runtime.py"]
+_base_ = "imagenet.py"
 max_epochs = 100
 train_dataloader = dict(
     dataset=dict(transform=dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel"))

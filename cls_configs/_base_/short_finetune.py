@@ -1,6 +1,6 @@
 """From a fine-tuned model (APT, arXiv 2510.18091, section 4.2): one epoch of the whole network, not augmented."""
 
-_base_ = ["imagenet.py", "runtime.py"]
+_base_ = "imagenet.py"
 train_dataloader = dict(dataset=dict(transform=dict(no_aug=True)))
 train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
 optim_wrapper = dict(

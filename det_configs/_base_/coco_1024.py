@@ -12,4 +12,6 @@ test_pipeline = smaller(_base_.test_pipeline)
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
+# Thresholds are those for 1536 pixels, with which little of a photograph's content merges; for patches of 14 pixels:
+adaptive_14 = dict(thresholds={28: 2.0, 56: 2.0, 112: 0.3})
 del smaller

@@ -1,5 +1,6 @@
 """COCO with large-scale jitter; tests scale the longest side to 1536. Images are padded by the model."""
 
+_base_ = "runtime.py"
 size = (1536, 1536)
 data_root = "data/coco/"
 backend = "pillow"  # as detectron2: its bilinear filter widens when it shrinks; cv2's aliases
@@ -53,3 +54,6 @@ val_evaluator = dict(
     type="CocoMetric", ann_file=data_root + "annotations/instances_val2017.json", metric=["bbox", "segm"]
 )
 test_evaluator = val_evaluator
+# Thresholds of APT (arXiv 2510.18091) for COCO at 1536 pixels, in bits of entropy, once for the adaptive models and
+# their baselines. They are the paper's; tools/calibrate.py finds those of a token budget on your images.
+adaptive = dict(thresholds={32: 2.0, 64: 2.0, 128: 0.3})

@@ -1,5 +1,6 @@
 """ADE20K as mmseg prepares it, at 512 pixels; masks are checked against the classes."""
 
+_base_ = "runtime.py"
 data_root = "data/ade/ADEChallengeData2016"
 load_mask = [dict(type="LoadAnnotations", reduce_zero_label=True), dict(type="CheckSegMap", num_classes=150)]
 train_pipeline = [
@@ -45,6 +46,11 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
+# Thresholds of APT (arXiv 2510.18091, section 4.3) for ADE20K, in bits of entropy, once for the adaptive models and
+# their baselines, with patches of 16 and of 14 pixels. They are the paper's; tools/calibrate.py finds those of a token
+# budget on your images.
+adaptive = dict(thresholds={32: 5.75})
+adaptive_14 = dict(thresholds={28: 5.75})
 
 # Multi-scale and mirrored, for --tta and the _ms configs. Scales are relative to the single-scale test's.
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]

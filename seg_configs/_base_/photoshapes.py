@@ -1,5 +1,6 @@
 """PhotoShapes (examples/make_photoshapes.py) for segmentation: shapes against background, at 160 pixels."""
 
+_base_ = "runtime.py"
 data_root = "data/photoshapes"
 dataset = dict(type="PhotoShapesDataset", data_root=data_root)
 train_pipeline = [
@@ -46,3 +47,7 @@ val_evaluator = [
     dict(type="BoundaryIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
 ]
 test_evaluator = val_evaluator
+# examples/photoshapes_results.py seg calibrates its own to a token budget. Scored by the Laplacian: entropy is low
+# where two plain colours meet, as they do at many borders of PhotoShapes' objects, and a patch merged across a border
+# blurs it.
+adaptive = dict(scorer="laplacian", thresholds={8: 0.02})

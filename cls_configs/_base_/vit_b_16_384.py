@@ -1,8 +1,0 @@
-"""ViT-B/16 at 384 pixels, on ImageNet."""
-
-_base_ = "short_finetune.py"
-model = dict(type="TimmClassifier", model="vit_base_patch16_384.augreg_in21k_ft_in1k", img_size=384)
-dataset = dict(model=model["model"], img_size=384)
-train_dataloader = dict(dataset=dataset)
-val_dataloader = test_dataloader = dict(dataset=dataset)
-load_from = "checkpoints/vit_base_patch16_384.augreg_in21k_ft_in1k.safetensors"

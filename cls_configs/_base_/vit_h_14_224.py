@@ -1,8 +1,0 @@
-"""ViT-H/14 at 224 pixels, on ImageNet."""
-
-_base_ = "short_finetune.py"
-model = dict(type="TimmClassifier", model="vit_huge_patch14_clip_224.laion2b_ft_in12k_in1k", img_size=224)
-dataset = dict(model=model["model"], img_size=224)
-train_dataloader = dict(dataset=dataset)
-val_dataloader = test_dataloader = dict(dataset=dataset)
-load_from = "checkpoints/vit_huge_patch14_clip_224.laion2b_ft_in12k_in1k.safetensors"
