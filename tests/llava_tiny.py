@@ -22,6 +22,7 @@ SIDE, PATCH = 112, 14
 CELLS = (SIDE // PATCH) ** 2
 QUESTION = ["USER:", "ASSISTANT:", "what", "is", "this", "?"]
 WORDS = [*QUESTION, "a", "cat", "dog", "left", "right", "yes", "no", "one", "two"]
+IMAGE = 4  # the tokenizer's id of <image>
 PROMPT = "USER: <image> what is this ? ASSISTANT:"
 
 
@@ -92,8 +93,8 @@ def stock_processor() -> LlavaProcessor:
     )
 
 
-def save_hub_checkpoint(folder: Path) -> None:
-    """A stock model in the files and under the names of llava-hf/llava-1.5-7b-hf."""
+def save_hub_checkpoint(folder: Path) -> Path:
+    """A stock model in the files and under the names of llava-hf/llava-1.5-7b-hf; returns the folder."""
     model, processor = stock_model(), stock_processor()
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -103,6 +104,7 @@ def save_hub_checkpoint(folder: Path) -> None:
     image_options = options.pop("image_processor") | {"image_processor_type": "CLIPImageProcessor"}
     (folder / "processor_config.json").write_text(json.dumps(options))
     (folder / "preprocessor_config.json").write_text(json.dumps(image_options))
+    return folder
 
 
 def _hub_name(name: str) -> str:
@@ -117,6 +119,20 @@ def _hub_name(name: str) -> str:
     return name
 
 
+def load_adapted(checkpoint: Path, trained: bool = False, **options):
+    """Model and processor of a stock checkpoint; ``trained`` as if the new layers had been, so that ConvDown counts."""
+    from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor
+
+    model = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, **options).eval()
+    if trained:
+        torch.manual_seed(1)
+        for name, parameter in model.model.vision_tower.adaptive_embed.named_parameters():
+            if name.endswith("weight"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    options.pop("attn_implementation", None)
+    return model, LlavaAptProcessor.from_pretrained(checkpoint, **options)
+
+
 def photo(seed: int = 0, size: tuple[int, int] = (160, 120), flat: float = 0.5) -> Image.Image:
     """Noise, whose left part (a fraction ``flat`` of the width) is one colour: that part merges."""
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
@@ -124,8 +140,8 @@ def photo(seed: int = 0, size: tuple[int, int] = (160, 120), flat: float = 0.5) 
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def save_task(folder: Path) -> None:
-    """A stock checkpoint in ``model`` and data: 20 records with images, 8 without, 2 bad ones."""
+def save_task(folder: Path) -> Path:
+    """A stock checkpoint in ``model`` and data: 20 records with images, 8 without, 2 bad ones; returns the folder."""
     (folder / "model").mkdir()
     save_hub_checkpoint(folder / "model")
     records = []
@@ -139,6 +155,7 @@ def save_task(folder: Path) -> None:
     records.insert(3, {**records[0], "id": "lost", "image": "lost.png"})
     records.insert(9, {**records[0], "id": "mute", "conversations": []})
     (folder / "data.json").write_text(json.dumps(records))
+    return folder
 
 
 def finetune_options(task: Path, output: Path, *more) -> list[str]:
@@ -147,6 +164,13 @@ def finetune_options(task: Path, output: Path, *more) -> list[str]:
     sizes = ["--fraction", 1, "--total-batch-size", 4, "--device-batch-size", 2, "--learning-rate", 1e-2]
     on_cpu = ["--use_cpu", "--dataloader_num_workers", 0, "--disable_tqdm", "true"]
     return [str(part) for part in (*data, *sizes, "--threshold", "28=2", *on_cpu, *more)]
+
+
+def run_finetune(task: Path, output: Path, *more) -> None:
+    """That short fine-tune, in this process."""
+    from llava_apt.finetune import finetune, parser
+
+    finetune(*parser().parse_known_args(finetune_options(task, output, *more)))
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -2,7 +2,10 @@
 
 import os
 import runpy
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,13 @@ def evaluator_options(data: Path) -> dict:
     """The same for a detector's evaluation."""
     annotations = f"{data}/annotations/instances_validation.json"
     return {f"{split}_evaluator.ann_file": annotations for split in ("val", "test")}
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None:
+    """Until a condition holds, which it has to before the process ends."""
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
 
 
 def run_script(monkeypatch, script: str | Path, *arguments) -> None:

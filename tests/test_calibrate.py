@@ -100,19 +100,8 @@ def folder(tmp_path):
 
 
 def test_the_tool_prints_the_line_to_paste(folder, monkeypatch, capsys):
-    run_script(
-        monkeypatch,
-        "tools/calibrate.py",
-        "--images",
-        folder,
-        "--sizes",
-        32,
-        64,
-        "--keep",
-        0.7,
-        "--plot",
-        folder / "keep.png",
-    )
+    options = ("--images", folder, "--sizes", 32, 64, "--keep", 0.7)
+    run_script(monkeypatch, TOOL, *options, "--plot", folder / "keep.png")
     printed = capsys.readouterr().out.splitlines()
     maps = [score_maps_of(photo, (32, 64)) for photo in PHOTOS]
     assert printed[-1] == f"thresholds={calibrate_thresholds(maps, 16, 0.7)}"
@@ -134,21 +123,9 @@ def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsy
 
 def test_the_sample_depends_on_the_seed_only(folder, monkeypatch, capsys):
     lines = []
+    options = ("--images", folder, "--sizes", 32, "--keep", 0.7, "--sample", 1)
     for seed in (0, 0, 1):
-        run_script(
-            monkeypatch,
-            "tools/calibrate.py",
-            "--images",
-            folder,
-            "--sizes",
-            32,
-            "--keep",
-            0.7,
-            "--sample",
-            1,
-            "--seed",
-            seed,
-        )
+        run_script(monkeypatch, TOOL, *options, "--seed", seed)
         lines.append(capsys.readouterr().out)
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("1 images")
 

@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
+from mmengine.registry import DATASETS, METRICS, MODELS
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import apt_backbones.mm.cls
 from apt_backbones import adapt
 from tests.golden import relative_error
 from tools import test, train
@@ -146,7 +145,3 @@ def test_data_is_normalized_as_the_model_was_trained(data):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         DATASETS.build(dict(type="FolderOfClasses", data_root=str(tmp_path / "nowhere"), model="vit_base_patch16_224"))
-
-
-def test_the_throughput_hook_exists_under_its_name():
-    assert HOOKS.get("ThroughputHook") is apt_backbones.mm.cls.ThroughputHook

@@ -3,22 +3,20 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 import apt_backbones.mm.seg  # noqa: F401
-from examples import make_photoshapes
+from tests.scripts import ROOT, data_options
 from tools import compare
-
-ROOT = Path(__file__).parents[1]
 
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    content = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def run(*arguments):
@@ -112,6 +110,7 @@ def test_committed_tables(task):
         ("missing", None, "no run at"),
         ("other.json", {"rows": [{"title": "dense"}]}, "is not a table of"),
         ("cut.json", '{"rows": [', "is not a table of"),
+        ("plot.png", b"\x89PNG", "is not a table of"),
     ],
 )
 def test_what_holds_no_results_is_named_in_one_line(name, content, message, tmp_path):
@@ -124,19 +123,10 @@ def test_what_holds_no_results_is_named_in_one_line(name, content, message, tmp_
     assert line.startswith("error: ") and message in line and name in line
 
 
-def test_a_picture_is_no_table(tmp_path):
-    (tmp_path / "plot.png").write_bytes(b"\x89PNG")
-    done = run(tmp_path / "plot.png")
-    assert done.returncode == 1 and "plot.png is not a table of" in done.stderr
-
-
-def test_a_real_test_is_read(tmp_path):
+def test_a_real_test_is_read(tmp_path, photoshapes):
     """What mmengine writes today has the metrics that the run returns."""
-    make_photoshapes.make_photoshapes(tmp_path / "data", train=1, val=2, size=128)
     cfg = Config.fromfile(ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py")
-    cfg.merge_from_dict(
-        {f"{split}_dataloader.dataset.data_root": f"{tmp_path}/data" for split in ("train", "val", "test")}
-    )
+    cfg.merge_from_dict(data_options(photoshapes))
     cfg.update(work_dir=str(tmp_path / "run"), load_from=None, log_level="WARNING", experiment_name="compared")
     metrics = RUNNERS.build(cfg).test()
     (result,) = compare.read_run(tmp_path / "run")

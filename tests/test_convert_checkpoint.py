@@ -42,10 +42,20 @@ def test_every_entry_is_used_or_named_as_dropped(original, tmp_path, suffix, cap
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_nothing_is_written_if_an_entry_is_unknown(tmp_path):
+def test_a_checkpoint_of_mmseg_0x_is_converted(tmp_path, capsys):
+    weights = load_golden("eva02_seg_tiny").weights
+    torch.save({"meta": {"mmseg_version": "0.29.1"}, "state_dict": weights}, tmp_path / "official.pth")
+    main("eva02-seg", tmp_path / "official.pth", tmp_path / "ours.pth")
+    assert f"{sum('rope' in name for name in weights)} dropped" in capsys.readouterr().out
+    ours = read_checkpoint(tmp_path / "ours.pth")
+    assert ours["neck.upsample_2x.0.weight"].equal(weights["backbone.fpn2.0.weight"])
+
+
+@pytest.mark.parametrize("kind", ["det", "seg"])
+def test_nothing_is_written_if_an_entry_is_unknown(tmp_path, kind):
     torch.save({"model": {"backbone.bottom_up.res2.0.conv1.weight": torch.zeros(1)}}, tmp_path / "resnet.pth")
-    with pytest.raises(SystemExit, match=r"error: not an EVA-02 det checkpoint: 1 entries .*res2"):
-        main("eva02-det", tmp_path / "resnet.pth", tmp_path / "ours.pth")
+    with pytest.raises(SystemExit, match=rf"error: not an EVA-02 {kind} checkpoint: 1 entries .*res2"):
+        main(f"eva02-{kind}", tmp_path / "resnet.pth", tmp_path / "ours.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["resnet.pth"]
 
 

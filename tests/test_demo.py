@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,10 +16,7 @@ from safetensors.torch import save_file
 
 from examples.demo_page import data_uri, render, share_histogram, training_curve
 from examples.demo_pictures import CLASS_COLORS, class_legend, detections, label_map, spread
-from examples.make_photoshapes import make_photoshapes
-from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options, run_script
-
-from .llava_tiny import save_hub_checkpoint
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options, run_script, wait_for
 
 # ------------------------------------------------------------------------------------------- pictures
 
@@ -136,13 +132,6 @@ def test_the_commands_on_the_page_exist():
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "photoshapes"
-    make_photoshapes(folder, train=12, val=3, size=192)
-    return folder
-
-
 def arguments(task, data, out, folder):
     """Of a demo of a minute."""
     command = [sys.executable, "examples/demo.py", task, "--out", out, "--pictures", "2"]
@@ -153,24 +142,11 @@ def arguments(task, data, out, folder):
     return [*command, "--cfg-options", *(f"{name}={value}" for name, value in options.items())]
 
 
-def wait_for(process, condition):
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be stopped"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    save_hub_checkpoint(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["det", "seg", "llava"])
-def test_a_stopped_demo_resumes_and_repeats_nothing(task, data, llava, tmp_path):
+def test_a_stopped_demo_resumes_and_repeats_nothing(task, photoshapes, checkpoint, tmp_path):
     """Killed in the short fine-tune, interrupted between evaluations, then finished, and started once more."""
-    command, folder = arguments(task, data, tmp_path, llava), tmp_path / task
+    command, folder = arguments(task, photoshapes, tmp_path, checkpoint), tmp_path / task
     steps, begun = folder / "steps", ("iter_2.pth", "checkpoint-*/trainer_state.json")
 
     def start():

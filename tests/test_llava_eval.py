@@ -16,16 +16,9 @@ from llava_apt.lmms_eval_plugin import MANIFEST, LlavaAptChat, LlavaAptSimple, p
 from llava_apt.prompt import question_prompt
 from tools import compare
 
-from .llava_tiny import CELLS, photo, save_hub_checkpoint
+from .llava_tiny import CELLS, photo
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    save_hub_checkpoint(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def data(tmp_path_factory):
 
 
 def model(checkpoint, cls=LlavaAptSimple, **options):
-    return cls(pretrained=checkpoint, thresholds="28=2", batch_size=4, device="cpu", pad=True, **options)
+    return cls(pretrained=str(checkpoint), thresholds="28=2", batch_size=4, device="cpu", pad=True, **options)
 
 
 def requests(kind, count=6, **settings):
@@ -72,6 +65,13 @@ def prepare(lm, kind, **settings):
     return docs[0], list(instances)
 
 
+def answer_alone(lm, image, question, max_new_tokens):
+    """What the model answers by transformers' own ``generate``."""
+    inputs = lm.processor(images=image, text=question_prompt(question, 1), return_tensors="pt")
+    out = lm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return lm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 def test_lmms_eval_finds_the_model_by_its_entry_point():
     setup = (ROOT / "setup.py").read_text()
     assert '"lmms_eval.models": ["llava_apt = llava_apt.lmms_eval_plugin:MANIFEST"]' in setup
@@ -91,10 +91,7 @@ def test_offline_task_scores_as_counted_by_hand(checkpoint, data):
     lm, correct = model(checkpoint), []
     for record in json.loads((data / "vqa_validation.json").read_text()):
         image = photoshapes_vqa_results.load(data, record["image"])
-        inputs = lm.processor(images=image, text=question_prompt("what is this ?", 1), return_tensors="pt")
-        out = lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answer = lm.tokenizer.decode(out, skip_special_tokens=True).strip()
-        correct.append(answer == record["conversations"][1]["value"])
+        correct.append(answer_alone(lm, image, "what is this ?", 4) == record["conversations"][1]["value"])
     accuracy = results["results"]["photoshapes_vqa"]
     assert accuracy["accuracy,none"] == pytest.approx(sum(correct) / 6)
     assert accuracy["accuracy yes/no,none"] == pytest.approx((correct[0] + correct[5]) / 2)
@@ -106,9 +103,7 @@ def test_batched_answers_are_those_of_one_by_one_in_order(checkpoint, kind):
     docs, instances = prepare(lm, kind, max_new_tokens=5)
     answers = [result.text for result in lm.generate_until(instances)]
     for doc, answer in zip(docs, answers, strict=True):
-        inputs = lm.processor(images=doc["image"], text=question_prompt(doc["question"], 1), return_tensors="pt")
-        out = lm.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert answer == lm.tokenizer.decode(out, skip_special_tokens=True).strip()
+        assert answer == answer_alone(lm, doc["image"], doc["question"], 5)
 
 
 def test_placeholders_in_a_chat_tasks_text_are_not_doubled(checkpoint):

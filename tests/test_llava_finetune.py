@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,31 +17,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apt_backbones.freeze import is_new
 from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers
-from llava_apt.finetune import finetune, make_trainable, parser, training_arguments
+from llava_apt.finetune import make_trainable, parser, training_arguments
 
-from .llava_tiny import finetune_options, photo, save_task
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    save_task(folder)
-    return folder
-
-
-def run(task, output, *more):
-    finetune(*parser().parse_known_args(finetune_options(task, output, *more)))
+from .llava_tiny import finetune_options, photo
+from .llava_tiny import run_finetune as run
+from .scripts import wait_for
 
 
 def log_of(checkpoint):
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-
-
-@pytest.fixture(scope="module")
-def finished(task, tmp_path_factory):
-    output = tmp_path_factory.mktemp("finished")
-    run(task, output, "--save_steps", "3", "--save_total_limit", "5")
-    return output
 
 
 def test_only_the_new_layers_change(task, finished):
@@ -201,10 +184,7 @@ def test_two_processes_equal_one_and_survive_being_killed(task, finished, tmp_pa
     assert double == pytest.approx(single, rel=1e-3)
 
     killed = launch(task, tmp_path / "killed", "--save_steps", "1")
-    deadline = time.time() + 300
-    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
-        assert time.time() < deadline and killed.poll() is None
-        time.sleep(0.05)
+    wait_for(killed, lambda: list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")))
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     steps = [int(re.search(r"\d+$", path.name)[0]) for path in (tmp_path / "killed").glob("checkpoint-*")]

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_apt import LlavaAptForConditionalGeneration, load_new_layers, save_new_layers
-from llava_apt.finetune import finetune, parser
 from llava_apt.run_folder import MANIFEST, RUN_FILE, content_of
 
-from .llava_tiny import finetune_options, save_hub_checkpoint, save_task, stock_model
+from .llava_tiny import run_finetune as run
+from .llava_tiny import save_hub_checkpoint, stock_model
 
 
 class Touches:
@@ -24,24 +24,6 @@ class Touches:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    save_task(folder)
-    return folder
-
-
-def run(task, output, *more):
-    finetune(*parser().parse_known_args(finetune_options(task, output, *more)))
-
-
-@pytest.fixture(scope="module")
-def finished(task, tmp_path_factory):
-    output = tmp_path_factory.mktemp("finished")
-    run(task, output, "--save_steps", "3", "--save_total_limit", "5")
-    return output
 
 
 @pytest.fixture
@@ -185,12 +167,12 @@ def test_a_second_run_in_a_folder_is_refused_and_overwrites_only_when_asked(task
     assert json.loads((output / RUN_FILE).read_text())["--learning-rate"] == 0.1
 
 
-def test_the_models_own_folder_is_never_overwritten(task):
+def test_the_models_own_folder_is_never_overwritten(task, tmp_path):
     before = content_of(task / "model")
     with pytest.raises(ValueError, match="is the folder of --model"):
         run(task, task / "model", "--overwrite")
     with pytest.raises(ValueError, match="already holds"):
-        run(task, task / "model", "--model", shutil.copytree(task / "model", task / "copy"))
+        run(task, task / "model", "--model", shutil.copytree(task / "model", tmp_path / "copy"))
     assert content_of(task / "model") == before
 
 
@@ -224,8 +206,7 @@ def test_lora_is_resumed_too(task, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    save_hub_checkpoint(tmp_path)
-    return tmp_path
+    return save_hub_checkpoint(tmp_path)
 
 
 def test_pickled_weights_are_refused_unread_and_can_be_converted(checkpoint, tmp_path_factory):

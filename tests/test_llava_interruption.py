@@ -17,19 +17,12 @@ from safetensors.torch import load_file
 from llava_apt import finetune
 from llava_apt.run_folder import last_checkpoint
 
-from .llava_tiny import finetune_options, photo, save_task
+from .llava_tiny import finetune_options, photo
 from .processes import end, environments, fork, preload
 
 preload("tests.llava_tiny", "llava_apt.finetune")
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # what auditing tells of
 numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    save_task(folder)
-    return folder
 
 
 def _work(options, log, environment, dies_at_write, largest_file):
@@ -211,16 +204,8 @@ def test_two_processes_train_as_one_does_whatever_the_second_one_gets(task, tmp_
         records.append(record(index, name, words=9 - index))  # longer ones come first in a batch
     (tmp_path / "data.json").write_text(json.dumps(records))
     more = ["--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--optim", "sgd"]
-    more += [
-        "--learning-rate",
-        "1",
-        "--max_grad_norm",
-        "0",
-        "--num_train_epochs",
-        "6",
-        "--lr_scheduler_type",
-        "constant",
-    ]
+    more += ["--learning-rate", "1", "--max_grad_norm", "0"]
+    more += ["--num_train_epochs", "6", "--lr_scheduler_type", "constant"]
     one, two = tmp_path / "one", tmp_path / "two"
     processes = list(start_two(task, two, *more))
     run(task, one, *more, "--device-batch-size", "4")

@@ -1,5 +1,7 @@
 """What merging does: fewer tokens, the same for every way to compute them, and never a wrong number of placeholders."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,32 +9,12 @@ from torch import Tensor
 
 from apt_backbones import freeze_host
 from apt_backbones.freeze import is_new
-from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor
+from llava_apt import LlavaAptForConditionalGeneration
 
 from .host_reads import host_reads
-from .llava_tiny import CELLS, PATCH, PROMPT, SIDE, difference, photo, save_hub_checkpoint
+from .llava_tiny import CELLS, IMAGE, PATCH, PROMPT, SIDE, difference, load_adapted, photo
 
-ON = {"thresholds": {28: 2.0, 56: 1.0}}
-IMAGE = 4  # the tokenizer's id of <image>
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    save_hub_checkpoint(folder)
-    return folder
-
-
-def load(checkpoint, image_tokens="merged", **options):
-    """Model and processor, ZeroMLP as if it had been trained, so that ConvDown counts."""
-    options = {**ON, "image_tokens": image_tokens, **options}
-    model = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, **options).eval()
-    embed = model.model.vision_tower.adaptive_embed
-    if embed.merge == "apt":
-        torch.manual_seed(1)
-        torch.nn.init.normal_(embed.zero_mlp.weight, std=0.1)
-        torch.nn.init.normal_(embed.conv_down.weight, std=0.1)
-    return model, LlavaAptProcessor.from_pretrained(checkpoint, **options)
+load = partial(load_adapted, trained=True, thresholds={28: 2.0, 56: 1.0})
 
 
 def inputs_of(processor, texts, images):
@@ -99,18 +81,6 @@ def test_repeated_works_with_the_stock_processors_inputs(checkpoint):
         expected = model(**inputs).logits
         del inputs["patch_sides"]
         assert torch.equal(model(**inputs).logits, expected)
-
-
-def test_random_keeps_apts_number_of_tokens(checkpoint):
-    counts = {}
-    for merge in ("apt", "resizing", "random"):
-        model, processor = load(checkpoint, merge=merge)
-        inputs = inputs_of(processor, [PROMPT] * 2, [photo(0), photo(1, flat=0.8)])
-        counts[merge] = (inputs["input_ids"] == IMAGE).sum(1).tolist()
-        with torch.no_grad():
-            model(**inputs)
-    assert counts["apt"] == counts["resizing"] == counts["random"]
-    assert max(counts["apt"]) < CELLS
 
 
 # ---------------------------------------------------------------------------------------- same result, other way

@@ -17,9 +17,8 @@ from llava_apt import (
 )
 from llava_apt.image_processing import MAX_ASPECT_RATIO
 
-from .llava_tiny import CELLS, PATCH, PROMPT, SIDE, photo, save_hub_checkpoint, stock_processor
+from .llava_tiny import CELLS, IMAGE, PATCH, PROMPT, SIDE, photo, stock_processor
 
-IMAGE = 4  # the tokenizer's id of <image>
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -213,14 +212,13 @@ def test_wrong_options():
         LlavaAptProcessor(stock.image_processor, stock.tokenizer, PATCH, "default", image_tokens="fewer")
 
 
-def test_misspelt_options_are_refused(tmp_path):
-    save_hub_checkpoint(tmp_path)
-    loaded = LlavaAptProcessor.from_pretrained(tmp_path, padding_side="left", revision="main", merge="resizing")
+def test_misspelt_options_are_refused(checkpoint):
+    loaded = LlavaAptProcessor.from_pretrained(checkpoint, padding_side="left", revision="main", merge="resizing")
     assert loaded.tokenizer.padding_side == "left" and loaded.image_processor.merge == "resizing"
     message = r"unknown option '{}'; did you mean '{}'\? The options are thresholds, scorer, merge, image_tokens"
     for name, meant in (("treshold", "thresholds"), ("merged", "merge"), ("dopad", "do_pad"), ("scores", "scorer")):
         for cls in (LlavaAptProcessor, LlavaAptForConditionalGeneration):
             with pytest.raises(ValueError, match=message.format(name, meant)):
-                cls.from_pretrained(tmp_path, **{name: 1})
+                cls.from_pretrained(checkpoint, **{name: 1})
         with pytest.raises(ValueError, match=message.format(name, meant)):
             loaded(text="what", **{name: 1})

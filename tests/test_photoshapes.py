@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 
 from apt_backbones import score_patches
 from examples import make_photoshapes as photoshapes
+from tests.scripts import wait_for
 
 SCRIPT = Path(photoshapes.__file__)
 SPLITS = {"training": 40, "validation": 10}
@@ -292,9 +293,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, stop):
     arguments = ["set", "--train", "3000", "--workers", "2"]
     options = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     with subprocess.Popen([sys.executable, SCRIPT, *arguments], **options) as run:
-        while not list(tmp_path.rglob("*.jpg")):
-            assert run.poll() is None, run.stderr.read()
-            time.sleep(0.05)
+        wait_for(run, lambda: list(tmp_path.rglob("*.jpg")))
         run.send_signal(stop)
         message = run.stderr.read()
     assert run.returncode == 1
@@ -305,9 +304,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, stop):
 def test_a_killed_run_leaves_no_processes_and_the_next_one_removes_its_files(tmp_path):
     arguments = ["set", "--train", "3000", "--workers", "2"]
     with subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL) as run:
-        while not list(tmp_path.rglob("*.jpg")):
-            assert run.poll() is None
-            time.sleep(0.05)
+        wait_for(run, lambda: list(tmp_path.rglob("*.jpg")))
         tasks = Path(f"/proc/{run.pid}/task").glob("*/children")
         children = [child for task in tasks for child in task.read_text().split()]
         run.kill()

@@ -1,10 +1,5 @@
 """Segmentation models: official weights give the original's outputs, and packed sliding equals mmseg's."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.config import ConfigDict
@@ -14,10 +9,9 @@ from mmseg.registry import MODELS
 from torch import nn
 
 import apt_backbones.mm.seg as seg
-from apt_backbones import convert_eva02, load_converted, read_checkpoint
+from apt_backbones import convert_eva02, load_converted
 from tests.golden import load_golden, relative_error
 
-ROOT = Path(__file__).parents[1]
 BN = dict(type="BN", requires_grad=True)
 CLASSES = 5
 
@@ -106,20 +100,6 @@ def test_every_key_is_accounted_for():
     assert converted["neck.upsample_4x.1.num_batches_tracked"] == golden.weights["backbone.fpn1.1.num_batches_tracked"]
     with pytest.raises(ValueError, match=r"not an EVA-02 seg checkpoint: 1 entries \(backbone.fpn3.0.weight\) unknown"):
         convert_eva02({**weights, "backbone.fpn3.0.weight": torch.zeros(1)}, "seg")
-
-
-def test_the_tool_converts_a_checkpoint_of_mmseg_0x(tmp_path):
-    golden, heads = load_golden("eva02_seg_tiny"), heads_of(build())
-    source, target = tmp_path / "official.pth", tmp_path / "converted.pth"
-    torch.save({"meta": {"mmseg_version": "0.29.1"}, "state_dict": {**golden.weights, **heads}}, source)
-    tool = [sys.executable, "tools/convert_checkpoint.py", "eva02-seg", source, target]
-    done = subprocess.run(tool, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    num_rope = sum("rope" in name for name in golden.weights)
-    assert done.stdout.count("dropped ") >= num_rope and f"{num_rope} dropped" in done.stdout
-    model = build()
-    load_converted(model, read_checkpoint(target))
-    assert torch.equal(model.neck.upsample_2x[0].weight, golden.weights["backbone.fpn2.0.weight"])
 
 
 # ------------------------------------------------------------------------------------------- sliding

@@ -99,10 +99,3 @@ def test_checkpoints_of_another_model_end_in_one_line():
 def test_errors_of_the_program_itself_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)
-
-
-@pytest.mark.parametrize("tool", ["train.py", "test.py"])
-def test_help_has_examples(monkeypatch, capsys, tool):
-    with pytest.raises(SystemExit):
-        run_script(monkeypatch, f"tools/{tool}", "--help")
-    assert f"\nexamples:\n  python tools/{tool} det_configs/" in capsys.readouterr().out
