@@ -25,26 +25,8 @@ _PRETRAINING_ONLY = r"(mask_token|lm_head|norm|fc_norm|head|rope)\b"
 
 _DTYPES = ("int32", "int64", "uint32", "float32", "float64")  # of numpy arrays and scalars in training checkpoints
 
-
-def _head_convs(number: int) -> list[tuple[str, str]]:
-    """Rules for the detection heads' convolutions, which the original counts from 1 and mmdet from 0."""
-    return [
-        (
-            rf"roi_heads\.box_head\.(\d)\.conv{number + 1}\.{norm}(weight|bias)",
-            rf"roi_head.bbox_head.\1.shared_convs.{number}.{ours}.\2",
-        )
-        for norm, ours in (("", "conv"), (r"norm\.", "ln"))
-    ] + [
-        (
-            rf"roi_heads\.mask_head\.mask_fcn{number + 1}\.{norm}(weight|bias)",
-            rf"roi_head.mask_head.convs.{number}.{ours}.\1",
-        )
-        for norm, ours in (("", "conv"), (r"norm\.", "ln"))
-    ]
-
-
-# Original name -> our name, first match wins; None drops the entry (buffers that we compute). A name that matches
-# no rule is an error. "trunk." marks what timm's own filter then renames.
+# Original name -> our name (or a function of the match), first match wins; None drops the entry (buffers that we
+# compute). A name that matches no rule is an error. "trunk." marks what timm's own filter then renames.
 _RULES = {
     "det": [
         (r"backbone\.net\.(.*\.)?rope(_win|_glb)?\.freqs_(cos|sin)", None),
@@ -57,7 +39,15 @@ _RULES = {
         (r"proposal_generator\.rpn_head\.conv\.conv(\d)\.(\w+)", r"rpn_head.rpn_conv.\1.conv.\2"),
         (r"proposal_generator\.rpn_head\.objectness_logits\.(\w+)", r"rpn_head.rpn_cls.\1"),
         (r"proposal_generator\.rpn_head\.anchor_deltas\.(\w+)", r"rpn_head.rpn_reg.\1"),
-        *(rule for number in range(4) for rule in _head_convs(number)),
+        # The heads' convolutions, which the original counts from 1 and mmdet from 0.
+        (
+            r"roi_heads\.box_head\.(\d)\.conv([1-4])\.(norm\.)?(weight|bias)",
+            lambda m: f"roi_head.bbox_head.{m[1]}.shared_convs.{int(m[2]) - 1}.{'ln' if m[3] else 'conv'}.{m[4]}",
+        ),
+        (
+            r"roi_heads\.mask_head\.mask_fcn([1-4])\.(norm\.)?(weight|bias)",
+            lambda m: f"roi_head.mask_head.convs.{int(m[1]) - 1}.{'ln' if m[2] else 'conv'}.{m[3]}",
+        ),
         (r"roi_heads\.box_head\.(\d)\.fc1\.(\w+)", r"roi_head.bbox_head.\1.shared_fcs.0.\2"),
         (r"roi_heads\.box_predictor\.(\d)\.cls_score\.(\w+)", r"roi_head.bbox_head.\1.fc_cls.\2"),
         (r"roi_heads\.box_predictor\.(\d)\.bbox_pred\.(\w+)", r"roi_head.bbox_head.\1.fc_reg.\2"),
@@ -179,7 +169,7 @@ def convert_eva02(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tens
         for pattern, replacement in _RULES[kind]:
             if match := re.fullmatch(pattern, name):
                 if replacement is not None:
-                    renamed = match.expand(replacement)
+                    renamed = replacement(match) if callable(replacement) else match.expand(replacement)
                     target = trunk if renamed.startswith("trunk.") else converted
                     target[renamed.removeprefix("trunk.")] = tensor
                 break

@@ -43,11 +43,6 @@ class Segments:
     def max_length(self) -> int:
         return max(self.lengths)
 
-    @property
-    def equal(self) -> bool:
-        """Whether all segments have the same length, so that attention is one batched product."""
-        return len(set(self.lengths)) == 1
-
 
 @dataclass(frozen=True)
 class PatchLayout:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layout import PatchLayout
 from ..resample import resample_positions
 from ..rotary import rotary_table
-from ..trunk import IMAGENET_MEAN, IMAGENET_STD, AdaptiveTrunk, check_indices
+from ..trunk import AdaptiveTrunk, check_indices
 
 PRETRAIN_ROPE_LENGTH = 16  # side of the grid that all EVA-02 models were pretrained on
 
@@ -31,7 +31,7 @@ class APTEva02(AdaptiveTrunk):
         use_cls_token: put a CLS token in front of every image (EVA-02's segmentation models).
         out_indices: blocks after which a feature map is returned.
         with_cp: recompute block activations in the backward pass instead of storing them.
-        Others as in ``AdaptiveTrunk.set_up``.
+        thresholds, scorer, merge: as in ``AdaptiveTrunk.set_up``; ``options`` are its others, such as ``window_size``.
 
     Raises:
         ValueError: thresholds, window, blocks or modes that do not fit together; the message says which.
@@ -48,20 +48,14 @@ class APTEva02(AdaptiveTrunk):
         num_heads: int = 12,
         mlp_ratio: float = 4 * 2 / 3,
         drop_path_rate: float = 0.0,
-        window_size: int | None = None,
-        global_blocks: Sequence[int] = (),
         pretrain_img_size: int = 224,
         use_cls_token: bool = False,
         out_indices: Sequence[int] = (-1,),
         thresholds: Mapping[int, float] | None = None,
         scorer: str = "entropy",
         merge: str = "apt",
-        padding: str = "coarsest",
-        rope_position: str = "center",
-        pixel_mean: Sequence[float] = IMAGENET_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_STD,
-        attention_backend: str | None = None,
         with_cp: bool = False,
+        **options,
     ):
         super().__init__()
         if embed_dim % num_heads or embed_dim // num_heads % 4:
@@ -89,18 +83,7 @@ class APTEva02(AdaptiveTrunk):
             )
             for block in range(depth)
         )
-        self.set_up(
-            thresholds,
-            scorer,
-            merge,
-            padding,
-            rope_position,
-            window_size,
-            global_blocks,
-            pixel_mean,
-            pixel_std,
-            attention_backend,
-        )
+        self.set_up(thresholds, scorer, merge, **options)
         self.with_cp = with_cp
         self._init_weights()
 
