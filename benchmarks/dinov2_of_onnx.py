@@ -8,13 +8,14 @@ examples:
 Needs the package onnx. The network was fine-tuned for saliency, so figures differ from those of the hub's weights.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tools.cli import parser_of, run
 
 DEPTH, WIDTH = 12, 384
 
@@ -65,10 +66,7 @@ def timm_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("onnx", type=Path, help="vit_s_focus.onnx of the package")
     parser.add_argument("out", type=Path, help="a .safetensors file")
     args = parser.parse_args()
@@ -76,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

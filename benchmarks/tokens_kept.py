@@ -7,7 +7,6 @@ examples:
 Each task sees images at its own size. "content" leaves padding out; "padded" has it, as the task's models pad.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from tools.cli import parser_of, run
 from apt_backbones.calibrate import kept_shares, score_maps_of
 from apt_backbones.files import write_atomically
 from apt_backbones.images import find_images, read_rgb, to_tensor
@@ -87,10 +87,7 @@ TASKS = (
 
 
 def main() -> None:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("images", nargs="+", help="files or folders")
     parser.add_argument("--sample", type=int, default=400, help="use at most so many images (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="which images are sampled (default: 0)")
@@ -119,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -173,12 +173,11 @@ def draw(adaptation: Adaptation, count: int) -> dict:
         seen = undo_normalization(inputs["pixel_values"], mean, std)[0]
         seen = Image.fromarray(seen.clamp(0, 255).byte().permute(1, 2, 0).numpy())
         asked = [record for record in records if record["image"] == name][:QUESTIONS]
-        share = layout.num_tokens / (layout.grid[0] * layout.grid[1])
-        label = f"patches: {layout.num_tokens} tokens, {share:.0%} of the dense model's"
+        label, picture = patches(seen, layout)
         pictures.append(
             {
                 "caption": f"{names[index]}, padded to a square as LLaVA does it.",
-                "panels": [{"label": label, "uri": data_uri(patches(seen, layout))}],
+                "panels": [{"label": label, "uri": data_uri(picture)}],
                 "answers": [answers(record, image, models) for record in asked],
             }
         )

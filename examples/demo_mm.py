@@ -8,8 +8,8 @@ import torch
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.images import read_rgb
+from apt_backbones.selection import layout_of, patch_sides
 from examples import demo_pictures
 from examples.demo_page import data_uri
 from examples.demo_pictures import class_legend, detections, label_map, patch_legend, patches, spread
@@ -78,24 +78,15 @@ def draw(experiment: Experiment, rows: list[Row], count: int) -> dict:
         truth = sample["data_samples"]
         pixels = sample["inputs"].flip(0)  # BGR to RGB
         seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        layout = layout_of(pixels[None].float(), dict(backbone.thresholds), backbone.patch_size, scorer_of(apt.cfg))
+        settings = dict(backbone.thresholds), backbone.patch_size
+        layout = layout_of(patch_sides(pixels[None].float(), *settings, scorer_of(apt.cfg)), *settings)
         found = [runner.model.test_step({k: [v] for k, v in sample.items()})[0] for runner in (dense, apt)]
         image = read_rgb(truth.img_path)
         compare = compare_labels if "pred_sem_seg" in found[0] else compare_detections
         caption, panels = compare(image, truth, *found, classes)
-        share = layout.num_tokens / (layout.grid[0] * layout.grid[1])
-        label = f"patches: {layout.num_tokens} tokens, {share:.0%} of the dense model's"
-        panels.insert(0, (label, patches(seen, layout)))
-        panels = [{"label": label, "uri": data_uri(panel)} for label, panel in panels]
+        panels = [{"label": label, "uri": data_uri(panel)} for label, panel in (patches(seen, layout), *panels)]
         pictures.append({"caption": caption, "panels": panels, "answers": []})
     return {"pictures": pictures, "legends": [patch_legend(sizes), class_legend(classes)]}
-
-
-def layout_of(image: torch.Tensor, thresholds: dict[int, float], patch_size: int, scorer: str) -> PatchLayout:
-    """The patches of one image (1, 3, H, W), 0..255, without the padding that a batch adds."""
-    sizes = tuple(sorted(thresholds))
-    sides = select_patches(score_patches(image, sizes, scorer), thresholds, patch_size, image.shape[2:])
-    return PatchLayout.build(sides, patch_size, sizes)
 
 
 def compare_detections(image, truth, dense, apt, classes) -> tuple[str, list[tuple[str, Image.Image]]]:

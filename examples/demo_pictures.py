@@ -43,9 +43,11 @@ def patch_legend(sizes: Sequence[int]) -> dict:
     return {"title": "patches", "entries": entries}
 
 
-def patches(image: Image.Image, layout: PatchLayout) -> Image.Image:
-    """An image as the model sees it, with its patches; the layout's batch is this image alone."""
-    return draw_grid(image, layout, zoom_for(image, 1.5 * WIDTH))
+def patches(image: Image.Image, layout: PatchLayout) -> tuple[str, Image.Image]:
+    """A caption, and an image as the model sees it with its patches; the layout's batch is this image alone."""
+    share = layout.num_tokens / (layout.grid[0] * layout.grid[1])
+    caption = f"patches: {layout.num_tokens} tokens, {share:.0%} of the dense model's"
+    return caption, draw_grid(image, layout, zoom_for(image, 1.5 * WIDTH))
 
 
 def enlarged(image: Image.Image) -> tuple[Image.Image, float]:

@@ -38,7 +38,7 @@ from llava_apt.data import read_records
 from llava_apt.lmms_eval_plugin import LlavaAptSimple, parse_thresholds
 from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
-from tools.machine import processor
+from tools.machine import hardware
 from tools.steps import Steps, fingerprint, run
 
 TASK = "photoshapes_vqa"
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
         "versions": versions,
         "thresholds": args.thresholds,
         "batch size": args.batch_size,
-        "machine": machine(args.device, args.threads),
+        "machine": hardware(args.device),
     }
     steps = Steps(args.work_dir / "steps", common)
     records = read_records(args.data / "vqa_validation.json")[: args.limit]
@@ -220,12 +220,6 @@ def measure(args: argparse.Namespace, command: str) -> dict:
         "minutes_short_finetune": None,
         "rows": [*rows, {"title": MAJORITY, "metrics": majority(args.data, args.limit)}],
     }
-
-
-def machine(device: str, threads: int) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    return f"{processor()}, {threads} of {os.cpu_count()} CPU threads"
 
 
 def parser() -> argparse.ArgumentParser:

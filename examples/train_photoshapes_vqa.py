@@ -89,27 +89,13 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def build(texts: list[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tokenizer = build_tokenizer(texts)
     side = PATCH * CELLS
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS + 1,  # LLaVA takes the last layer but one
-        num_attention_heads=HEADS,
-        image_size=side,
-        patch_size=PATCH,
-    )
+    sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    layers = dict(intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS + 1)  # LLaVA takes the last layer but one
+    vision = CLIPVisionConfig(**sizes, **layers, image_size=side, patch_size=PATCH)
+    layers = dict(intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, max_position_embeddings=2048)
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
+        vocab_size=len(tokenizer), **sizes, **layers, **special, initializer_range=0.05, tie_word_embeddings=True
     )
     config = LlavaConfig(
         vision_config=vision,

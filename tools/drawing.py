@@ -1,7 +1,6 @@
 """Pictures of patch layouts, scores and errors, and sheets of several pictures with captions."""
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -113,8 +112,3 @@ def even(image: Image.Image) -> Image.Image:
     padded = Image.new("RGB", size, "white")
     padded.paste(image)
     return padded
-
-
-def standard_layout(layout: PatchLayout) -> PatchLayout:
-    """The same image without merging."""
-    return PatchLayout.build(torch.full((1, *layout.grid), layout.patch_size), layout.patch_size)

@@ -16,9 +16,10 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def hardware() -> str:
-    """The processor and what of it torch uses, or the GPU."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+def hardware(device: str | None = None) -> str:
+    """The processor, and what of it torch uses or the GPU; of the device, or of the GPU if there is one."""
+    on_gpu = torch.cuda.is_available() if device is None else device != "cpu"
+    device = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     return f"{processor()}, {os.cpu_count()} cores; {device}"
 
 

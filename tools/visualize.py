@@ -30,7 +30,7 @@ from tools.cli import parser_of, run
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.images import IMAGE_SUFFIXES, find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_thresholds
-from tools.drawing import compose, draw_grid, draw_heat, even, size_caption, standard_layout, zoom_for
+from tools.drawing import compose, draw_grid, draw_heat, even, size_caption, zoom_for
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 from tools.video import VIDEO_SUFFIXES, is_video, read_frames, write_video
 
@@ -58,7 +58,7 @@ def panels_of(image: Image.Image, settings: PatchSettings, show: str, zoom: int)
     chosen = PatchLayout.build(sides, settings.patch_size, sizes)
     panels = []
     if show in ("grid", "both"):
-        standard = standard_layout(chosen)
+        standard = PatchLayout.dense(1, chosen.grid, chosen.patch_size)
         saved = 1 - chosen.num_tokens / standard.num_tokens
         panels.append((f"standard: {standard.num_tokens} tokens", draw_grid(image, standard, zoom)))
         caption = size_caption(f"adaptive: {chosen.num_tokens} tokens, {saved:.0%} fewer", chosen)
