@@ -23,6 +23,9 @@ CELLS = (SIDE // PATCH) ** 2
 QUESTION = ["USER:", "ASSISTANT:", "what", "is", "this", "?"]
 WORDS = [*QUESTION, "a", "cat", "dog", "left", "right", "yes", "no", "one", "two"]
 IMAGE = 4  # the tokenizer's id of <image>
+TOWER = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=SIDE, patch_size=PATCH
+)
 PROMPT = "USER: <image> what is this ? ASSISTANT:"
 
 
@@ -30,46 +33,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="left",
+    named = dict(zip(("unk_token", "pad_token", "bos_token", "eos_token"), special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, padding_side="left", additional_special_tokens=["<image>"], **named
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return fast
 
 
 def stock_config() -> LlavaConfig:
-    tokens = tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=tokens.pad_token_id,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        image_seq_length=CELLS,
-    )
+    tokens, sizes = tokenizer(), dict(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    special = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
+    text = LlamaConfig(vocab_size=len(tokens), **sizes, num_hidden_layers=2, max_position_embeddings=1024, **special)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=CELLS)
 
 
 def stock_model() -> LlavaForConditionalGeneration:

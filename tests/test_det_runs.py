@@ -1,9 +1,7 @@
 """Detection end to end on a handful of PhotoShapes images: training, fine-tuning, testing, bad input."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +18,7 @@ from PIL import Image
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
 from apt_backbones.mm.data import BadData
-from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options, wait_for
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 
 MMDET_TOOLS = Path(__import__("mmdet").__file__).parent / ".mim" / "tools"
 
@@ -212,23 +210,3 @@ def test_two_processes_train_on_a_cpu_even_if_nothing_merges(trained, photoshape
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     subprocess.run([*launcher, *arguments], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=600)
     assert (tmp_path / "iter_2.pth").is_file()
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_where_it_stopped(photoshapes, tmp_path):
-    settings = options(photoshapes, **{"train_cfg.max_iters": 6, "train_cfg.val_interval": 6})
-    config = "det_configs/eva02_tiny_dense_photoshapes.py"
-    train = command("tools/train.py", config, "--work-dir", tmp_path, "--resume", **settings)
-    with subprocess.Popen(train, cwd=ROOT, env=ENVIRONMENT, start_new_session=True) as process:
-        wait_for(process, (tmp_path / "iter_2.pth").is_file)
-        os.killpg(process.pid, signal.SIGKILL)
-    stopped_at = int((tmp_path / "last_checkpoint").read_text().rsplit("_", 1)[1].removesuffix(".pth"))
-    assert stopped_at < 6
-
-    subprocess.run(train, check=True, cwd=ROOT, env=ENVIRONMENT)
-    logs = sorted(tmp_path.glob("*/vis_data/scalars.json"))
-    resumed = [json.loads(line) for line in logs[-1].read_text().splitlines()]
-    steps = [line["iter"] for line in resumed if "loss" in line]
-    assert steps == list(range(stopped_at + 1, 7))
-    assert all(line["content_kept"] == 1 for line in resumed if "loss" in line)
-    assert not list(tmp_path.glob("*.tmp"))

@@ -49,15 +49,6 @@ def test_every_token_follows_the_formula(case):
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_halving_by_bilinear_resize_is_the_mean_of_two_by_two(case):
-    images, layout, _, proj, _ = case
-    tokens = AdaptivePatchEmbed(DIM, "resizing")(images, layout, proj, None)
-    index = layout.sizes[2 * PATCH]
-    means = proj(F.avg_pool2d(images, 2))
-    at = (layout.image_T[index], slice(None), layout.row_T[index] // 2, layout.column_T[index] // 2)
-    torch.testing.assert_close(tokens[index], means[at])
-
-
 def test_positions_of_a_grid_that_no_large_patch_divides_stay_aligned():
     """A 3 x 3 square holds one 2 x 2 patch: its position is resampled from the cells it covers."""
     sides = torch.full((1, 3, 3), PATCH)
@@ -95,11 +86,6 @@ def test_random_keeps_as_many_base_patches_as_the_selection_has_patches(case):
     assert sorted(set(dropped.flatten().tolist())) == [0, PATCH]
     assert tuple((dropped > 0).sum((1, 2)).tolist()) == layout.num_patches
     assert torch.equal(drop_at_random(sides[1:], PATCH), dropped[1:]), "the same alone as in a batch"
-
-
-def test_an_unknown_mode_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"apt, .*resizing, random"):
-        AdaptivePatchEmbed(DIM, "average")
 
 
 def test_only_the_ablations_change_tokens_before_training(case):

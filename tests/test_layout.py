@@ -149,12 +149,6 @@ def test_dense_layouts_are_built_once_per_shape():
     assert PatchLayout.dense(2, (4, 6), 16, window=2) is PatchLayout.dense(2, (4, 6), 16, window=2)
 
 
-def test_a_window_that_the_largest_patch_does_not_divide_is_refused():
-    sides = torch.full((1, 4, 4), 16)
-    with pytest.raises(ValueError, match=r"3 cells \(48 pixels\) is not a multiple of the largest patch, 32 pixels"):
-        PatchLayout.build(sides, 16, (32,), window=3)
-
-
 def test_the_prefix_tokens_of_an_image_are_a_segment_beside_its_windows():
     layout = PatchLayout.dense(2, (2, 4), 16, window=2, num_prefix=3)
     assert layout.images.lengths == (11, 11)
@@ -168,11 +162,3 @@ def test_the_prefix_tokens_of_an_image_are_a_segment_beside_its_windows():
 def test_sides_that_were_not_announced_are_refused():
     with pytest.raises(ValueError, match=r"sides other than \(16,\)"):
         PatchLayout.build(torch.full((1, 2, 2), 32), 16)
-
-
-def test_images_that_are_not_finite_are_refused_by_their_index():
-    images = torch.rand(3, 3, 64, 64) * 255
-    images[1, 0, 3, 3] = float("nan")
-    sides = select_patches(score_patches(images, (32,)), {32: 2.0}, 16, (64, 64))
-    with pytest.raises(ValueError, match=r"images \[1\] of the batch have NaN or infinite pixels"):
-        PatchLayout.build(sides, 16, (32,))

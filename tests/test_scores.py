@@ -145,11 +145,6 @@ def test_sizes_that_do_not_double_are_refused(sizes):
         score_patches(torch.zeros(1, 3, 64, 64), sizes)
 
 
-def test_unknown_scorer_names_the_known_ones():
-    with pytest.raises(ValueError, match="entropy, laplacian, upsample_mse"):
-        score_patches(torch.zeros(1, 3, 64, 64), (32,), "variance")
-
-
 @pytest.mark.parametrize(
     "thresholds, message",
     [
