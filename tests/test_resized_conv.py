@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from apt_backbones.mm import resized_conv
 from apt_backbones.mm.resized_conv import conv3x3_of_resized, shifted_interpolation
@@ -175,26 +174,3 @@ def test_gpu_is_not_waited_for():
         conv3x3_of_resized(maps, weight, bias)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def flops(function) -> float:
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        function()
-    return counter.get_total_flops()
-
-
-def test_arithmetic_at_the_shapes_of_the_large_head():
-    """Multiply-adds times two, counted by PyTorch on tensors without data."""
-    sizes = [(128, 128), (64, 64), (32, 32), (16, 16)]
-    with torch.device("meta"):
-        maps = [torch.empty(1, 1024, *size) for size in sizes]
-        weight = torch.empty(1024, 4096, 3, 3)
-    full = flops(lambda: F.conv2d(maps[0], weight[:, :1024], padding=1))
-    plain = flops(lambda: plain_conv(maps, weight, None, False))
-    cheap = flops(lambda: conv3x3_of_resized(maps, weight))
-    products = sum(flops(lambda x=x: F.conv2d(x, weight[:, :1024], padding=1)) for x in maps[1:])
-    assert plain == pytest.approx(1.24e12, rel=0.01)
-    assert plain - full == pytest.approx(0.93e12, rel=0.01)
-    assert products == pytest.approx(0.10e12, rel=0.02)
-    assert cheap - full < 1.3 * products  # the sums over shifts come on top

@@ -1,7 +1,5 @@
 """The picture tool, run as a user runs it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +17,6 @@ TOOL = ROOT / "tools" / "visualize.py"
 
 DET = ["--config", ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"]
 DET_WEIGHTS = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_pictures_are_written_and_named_after_their_images(tmp_path):
-    pixels = np.zeros((96, 160, 3), dtype=np.uint8)
-    pixels[:, 80:] = np.random.default_rng(0).integers(0, 256, (96, 80, 3))
-    Image.fromarray(pixels).save(tmp_path / "half.png")
-    done = run(tmp_path, "--out-dir", tmp_path / "out", "--show", "both")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("half_patches.png")
-    sheet = Image.open(tmp_path / "out" / "half_patches.png")
-    assert sheet.width > 4 * 160 and sheet.height > 96
 
 
 def test_a_video_has_a_sheet_per_frame(tmp_path, monkeypatch, capsys):
