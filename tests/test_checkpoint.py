@@ -14,6 +14,34 @@ TRUNKS = {
     "det": {k: v for k, v in load_golden("eva02_det_tiny").weights.items() if k.startswith("backbone.net.")},
     "seg": {k: v for k, v in load_golden("eva02_seg_tiny").weights.items() if ".fpn" not in k},
 }
+MODELS = {
+    "det": dict(img_size=128, pretrain_img_size=64, window_size=4, global_blocks=(1, 3)),
+    "seg": dict(img_size=96, pretrain_img_size=96, use_cls_token=True),
+}
+
+
+def trunk(kind, **options):
+    return torch.nn.ModuleDict({"backbone": APTEva02(embed_dim=48, depth=4, num_heads=3, **MODELS[kind], **options)})
+
+
+@pytest.mark.parametrize("kind", ["det", "seg"])
+def test_every_original_trunk_key_is_used_or_a_buffer_that_we_compute(kind):
+    model = trunk(kind)
+    converted = convert_eva02(TRUNKS[kind], kind)
+    load_converted(model, converted)  # strict: nothing missing, nothing unknown
+    learned = [name for name in TRUNKS[kind] if "rope" not in name]
+    assert len(converted) == len(learned)
+
+
+def test_only_the_new_layers_may_be_missing():
+    model = trunk("det", thresholds={32: 2.0})
+    before = model["backbone"].adaptive_embed.conv_down.weight.clone()
+    load_converted(model, convert_eva02(TRUNKS["det"], "det"))
+    assert torch.equal(model["backbone"].adaptive_embed.conv_down.weight, before)
+    incomplete = convert_eva02(TRUNKS["det"], "det")
+    del incomplete["backbone.blocks.2.mlp.fc2.weight"]
+    with pytest.raises(ValueError, match=r"1 entries \(backbone.blocks.2.mlp.fc2.weight\) missing"):
+        load_converted(model, incomplete)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_the_model_unchanged():

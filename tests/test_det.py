@@ -179,3 +179,9 @@ def test_a_timm_detector_detects_and_learns(stem):
     losses, _ = detector.train().parse_losses(detector(**batch, mode="loss"))
     losses.backward()
     assert all(p.grad is not None for name, p in detector.named_parameters() if "adaptive_embed" in name)
+
+
+def test_adaptive_patches_that_merge_nothing_change_nothing():
+    detector, golden = golden_detector(thresholds={32: 0.0, 64: 0.0})
+    found = detect(detector, golden.arrays["image"])
+    assert (found.scores - golden.arrays["scores"]).abs().max() <= 1e-4

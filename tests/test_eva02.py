@@ -324,3 +324,46 @@ def test_bad_images_are_refused(images, error, message):
     """As score_patches refuses them (tests/test_scores.py), and those that are not finite by their index."""
     with pytest.raises(error, match=message):
         tiny(thresholds={32: 5.0})(images)
+
+
+def padded_and_masked(model, images):
+    """The same tokens as a padded batch with masks: what packing must equal. Written for window_size=None."""
+    layout = model.layout(images)
+    tokens = model._embed(images, layout)
+    rope = model.rotations(layout)[0]
+    longest = layout.images.max_length
+    for block in model.blocks:
+        normed = block.norm1(tokens)
+        attn = block.attn
+        q, k, v = (p(normed).unflatten(-1, (attn.num_heads, -1)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        sign = torch.tensor([-1.0, 1.0]).repeat(8)
+        swap = torch.arange(16).view(8, 2).flip(1).flatten()
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (rope.real, rope.imag))
+        q, k = (x * cos + x[..., swap] * sign * sin for x in (q, k))
+        pad = lambda x: torch.nn.utils.rnn.pad_sequence(x.split(layout.images.lengths), True).transpose(1, 2)  # noqa: E731
+        mask = torch.arange(longest) < torch.tensor(layout.images.lengths)[:, None]
+        out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask[:, None, None]).transpose(1, 2)
+        tokens = tokens + attn.proj(out[mask].flatten(1))
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return layout.to_map(tokens)
+
+
+@pytest.mark.parametrize("use_cls_token", [True, False])
+def test_packed_equals_padded_and_masked(use_cls_token):
+    model = tiny(thresholds={32: 6.0, 64: 4.0}, use_cls_token=use_cls_token)
+    images = torch.cat([pictures(2, 128, 96), pictures(1, 128, 96, seed=1).flip(3) * 0.2])
+    with torch.no_grad():
+        (feature_map,) = model(images)
+        assert len(set(model.last_layout.num_patches)) > 1
+        torch.testing.assert_close(feature_map, padded_and_masked(model, images), atol=1e-5, rtol=0)
+
+
+def test_an_untrained_apt_trunk_is_the_resizing_trunk():
+    torch.manual_seed(0)
+    apt = APTEva02(**TINY, **WINDOWS, thresholds={32: 5.0}).eval()
+    resizing = APTEva02(**TINY, **WINDOWS, thresholds={32: 5.0}, merge="resizing").eval()
+    resizing.load_state_dict({k: v for k, v in apt.state_dict().items() if "adaptive_embed" not in k})
+    images = pictures(2, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(apt(images)[0], resizing(images)[0])
+    assert apt.last_layout.num_patches[0] < 64

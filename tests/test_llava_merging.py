@@ -337,3 +337,15 @@ def test_the_whole_compiled_model_is_as_near_to_float32_as_the_eager_one(checkpo
             else:
                 assert difference(compiled, eager) <= 8 * torch.finfo(dtype).eps
                 assert difference(compiled, expected) <= 1.5 * difference(eager, expected)
+
+
+def test_random_keeps_apts_number_of_tokens(checkpoint):
+    counts = {}
+    for merge in ("apt", "resizing", "random"):
+        model, processor = load(checkpoint, merge=merge)
+        inputs = inputs_of(processor, [PROMPT] * 2, [photo(0), photo(1, flat=0.8)])
+        counts[merge] = (inputs["input_ids"] == IMAGE).sum(1).tolist()
+        with torch.no_grad():
+            model(**inputs)
+    assert counts["apt"] == counts["resizing"] == counts["random"]
+    assert max(counts["apt"]) < CELLS
