@@ -197,7 +197,7 @@ def train_scorer(
     pixel_std: Sequence[float],
     epochs: int = 40,
     batch: int = 16,
-    width: int = 64,
+    width: int = 32,
     seed: int = 0,
     state: Path | None = None,
     report: Callable[[Epoch], None] = lambda epoch: None,

@@ -40,7 +40,7 @@ from apt_backbones.mm.det import SimpleFeaturePyramid
 
 from .study import MERGED, PATCH, Setting, Study, about, between, console, parser_of, text
 
-BASE, LARGER = (336, 448), (420, 560)  # of 4:3; upright images are turned, and those between are square
+BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
 SMALLER = ((196, 266), (224, 294), (252, 336), (280, 378), (308, 406))
 TRAINED_AT = ((252, 336), BASE)  # the head sees both, so that it reads smaller images as well
 LEVELS = (7, 14, 28, 56)  # strides
@@ -48,7 +48,7 @@ CHANNELS, EPOCHS, BATCH, RATE = 96, 4, 8, 1e-3
 SEEDS = (0,)
 DRAWS = 50  # samples of the test images for the error bar
 KINDS = ("mAP", "small", "medium", "large", "person")
-BUDGETS = {BASE: (0.5, 0.6, 0.7, 0.8, 0.9), LARGER: (0.4, 0.5, 0.6)}  # shares of the image's tokens
+BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 SHARD = 64
 
 
@@ -293,7 +293,7 @@ def detections_of(detector: Detector, maps: Tensor, sample: DetDataSample) -> li
 
 def average_precisions(coco: COCO, image_ids: Sequence[int], lines: Sequence[Sequence[float]], draws: int) -> dict:
     """COCO's box AP in percent: of all classes, of small, medium and large objects, of persons; and for the error bar
-    the AP of all classes in samples of the images drawn with replacement.
+    the AP of all classes and of persons in samples of the images drawn with replacement.
 
     Args:
         lines: image id, x, y, width, height, score, class of every detection.
@@ -320,7 +320,8 @@ def average_precisions(coco: COCO, image_ids: Sequence[int], lines: Sequence[Seq
         for _ in range(draws):
             evaluation.evalImgs = list(whole[:, :1, chance.choices(range(count), k=count)].flatten())
             evaluation.accumulate()
-            result["draws"].append(_mean(evaluation.eval["precision"][..., 0, -1]))
+            precision = evaluation.eval["precision"][..., 0, -1]
+            result["draws"].append([_mean(precision), _mean(precision[:, :, person])])
     return result
 
 
@@ -330,13 +331,13 @@ def _mean(precision: np.ndarray) -> float:
 
 
 def all_settings() -> list[Setting]:
-    def tokens(size: tuple[int, int], share: float) -> int:
-        return round(share * Setting("dense", size).cells)
+    def tokens(share: float) -> int:
+        return round(share * Setting("dense", BASE).cells)
 
-    dense = [Setting("dense", size) for size in (*SMALLER, BASE, LARGER)]
-    learned = [Setting("apt", size, "learned", tokens(size, share)) for size in BUDGETS for share in BUDGETS[size]]
-    pixel = [Setting("apt", BASE, scorer, tokens(BASE, 0.6)) for scorer in ("entropy", "upsample_mse")]
-    others = [Setting(method, BASE, None, tokens(BASE, 0.6)) for method in ("random", "tome")]
+    dense = [Setting("dense", size) for size in (*SMALLER, BASE)]
+    learned = [Setting("apt", BASE, "learned", tokens(share)) for share in BUDGETS]
+    pixel = [Setting("apt", BASE, scorer, tokens(0.6)) for scorer in ("entropy", "upsample_mse")]
+    others = [Setting(method, BASE, None, tokens(0.6)) for method in ("random", "tome")]
     return dense + learned + pixel + others
 
 
@@ -353,13 +354,13 @@ def lines_of(setting: Setting, quality: dict, ms: float) -> list[dict]:
 
 def gains(measured: dict[Setting, dict]) -> list[dict]:
     """AP over that of dense images with as many tokens, means over seeds; between two sizes the dense curve is a
-    straight line. ``error`` is the standard deviation of the gain in mAP over samples of the test images."""
+    straight line. ``errors`` are standard deviations of the gains over samples of the test images."""
 
     def mean(quality: dict, name: str) -> float:
         return statistics.mean(of_seed[name] for of_seed in quality["AP"])
 
-    def draws(quality: dict) -> list[float]:
-        return [statistics.mean(values) for values in zip(*(of_seed["draws"] for of_seed in quality["AP"]))]
+    def draws(quality: dict, which: int) -> list[float]:
+        return [statistics.mean(v[which] for v in values) for values in zip(*(q["draws"] for q in quality["AP"]))]
 
     dense = sorted((q for s, q in measured.items() if s.method == "dense"), key=lambda quality: quality["tokens"])
     entries = []
@@ -372,9 +373,16 @@ def gains(measured: dict[Setting, dict]) -> list[dict]:
         for name in KINDS:
             at = between([(part["tokens"], mean(part, name)) for part in dense], tokens)
             entry[name] = [round(mean(quality, name), 2), None if at is None else round(mean(quality, name) - at, 2)]
-        curves = [[(part["tokens"], value) for part, value in zip(dense, draw)] for draw in zip(*map(draws, dense))]
-        by_draw = [(value, between(curve, tokens)) for value, curve in zip(draws(quality), curves)]
-        entry["error"] = round(statistics.stdev(a - b for a, b in by_draw), 2) if by_draw[0][1] is not None else None
+        entry["errors"] = None
+        if entry["mAP"][1] is not None:
+            entry["errors"] = {}
+            for which, name in enumerate(("mAP", "person")):
+                by_draw = zip(draws(quality, which), zip(*(draws(part, which) for part in dense)))
+                differences = [
+                    value - between(list(zip((part["tokens"] for part in dense), curve)), tokens)
+                    for value, curve in by_draw
+                ]
+                entry["errors"][name] = round(statistics.stdev(differences), 2)
         entries.append(entry)
     return entries
 

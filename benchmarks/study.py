@@ -69,7 +69,7 @@ class Study:
         blocks: after which maps are taken.
     """
 
-    distill_epochs = 16
+    distill_epochs = 24
 
     def __init__(self, weights: Path | None, work_dir: Path, dtype: torch.dtype, blocks: Sequence[int]):
         self.weights, self.work_dir, self.dtype, self.blocks = weights, work_dir, dtype, blocks
