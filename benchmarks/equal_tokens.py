@@ -376,6 +376,7 @@ def main() -> None:
     content = {
         **about("equal_tokens", args),
         "settings_tried": head.tried,
+        "kept_head": text(head.kept),
         "scorer_ms": study.scorer_ms(),
         "gains": gains(results, text(head.kept)),
         "results": results,

@@ -6,11 +6,12 @@ examples:
   python benchmarks/update_tables.py --check  # tells whether the tables are up to date, and changes nothing
 
 A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: summary, det, seg, vqa, speeds,
-and bench:FILE for a table of docs/benchmarks/FILE.json.
+bench:FILE for a table of docs/benchmarks/FILE.json, and equal:FILE for one of docs/results/equal_tokens_FILE.json.
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from examples.report import AFTER, DENSE, markdown_of
 from tools.results import markdown, read_table
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "det_configs/README.md", "seg_configs/README.md", "llava_apt/README.md")
+DOCUMENTS = (
+    "README.md",
+    "det_configs/README.md",
+    "seg_configs/README.md",
+    "llava_apt/README.md",
+    "docs/learned_scorer.md",
+)
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
@@ -102,15 +109,53 @@ def speeds() -> str:
     return f"{table(['', 'nothing merged', '70 % of the tokens', '50 %'], rows)}\nHardware: {measured['hardware']}.\n"
 
 
+def equal_tokens(name: str) -> str:
+    """One row per method and size, means over heads on the test split: quality, what it gains over dense images of as
+    many tokens that the same head reads, and milliseconds. Gains of boxes have standard deviations over samples of the
+    images."""
+    measured = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text())
+    metrics = ("mAP", "small", "large", "person") if name == "coco" else ("mIoU",)
+    head = measured.get("kept_head")
+    tested = [line for line in measured["results"] if line["split"] == "test" and line.get("head") == head]
+    gained = {_point(line): line for line in measured["gains"]}
+    rows = []
+    for point in dict.fromkeys(map(_point, tested)):
+        method, scorer, image, tokens = point
+        lines = [line for line in tested if _point(line) == point]
+        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
+        row = [label, image.replace("x", " x "), f"{tokens:.0f}"]
+        for metric in metrics:
+            row.append(f"{statistics.mean(line[metric] for line in lines):.2f}")
+            gain, error = _gain(gained.get(point, {}), metric)
+            if gain is not None and metric in ("mIoU", "mAP", "person"):
+                row[-1] += f" ({gain:+.2f}{'' if error is None else f' ± {error:.2f}'})"
+        rows.append([*row, "" if lines[0]["ms"] is None else f"{lines[0]['ms']:.0f}"])
+    return table(["method", "image", "tokens", *metrics, "CPU ms"], rows)
+
+
+def _point(line: dict) -> tuple:
+    return line["method"], line["scorer"], line["image"], line["tokens"]
+
+
+def _gain(entry: dict, metric: str) -> tuple[float | None, float | None]:
+    if metric == "mIoU":
+        return entry.get("kept"), None
+    return entry.get(metric, [None, None])[1], (entry.get("errors") or {}).get(metric)
+
+
 def text_of(name: str) -> str:
     """What stands between a table's markers."""
     if name.startswith("bench:"):
         return bench(name.removeprefix("bench:"))
+    if name.startswith("equal:"):
+        return equal_tokens(name.removeprefix("equal:"))
     if name in ("det", "seg", "vqa"):
         return markdown_of(report(name))
     tables = {"summary": summary, "speeds": speeds}
     if name not in tables:
-        raise ValueError(f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa and bench:FILE")
+        raise ValueError(
+            f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, bench:FILE and equal:FILE"
+        )
     return tables[name]()
 
 
