@@ -141,7 +141,7 @@ class BoxStudy(Study):
     distill_epochs = 6  # of three times as many images as CamVid has
 
     def __init__(self, folder: Path, annotations: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, (-1,))
+        super().__init__(weights, work_dir, dtype, (11,))
         with contextlib.redirect_stdout(io.StringIO()):
             self.coco = COCO(str(annotations))
         self.photos = read_photos(folder, self.coco)
