@@ -84,8 +84,8 @@ HEADS = {
         (0, 1, 2),
         ((210, 280), (238, 322), *BASES),
         (392, 518),
-        "on the val split: heads of 3 sizes; 2 scorers from the heads (the other one of twice the width, 16 epochs), at 15 "
-        "budgets, and 2 from features, at 1; "
+        "on the val split: heads of 3 sizes; 2 scorers from the heads (the other one of twice the width, 16 epochs), "
+        "at 15 budgets, and 2 from features, at 1; "
         "choosing by true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); "
         "1 fine-tune without labels. On the test split nothing was chosen",
     ),
