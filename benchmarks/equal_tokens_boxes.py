@@ -24,6 +24,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools.coco import COCO
@@ -96,29 +97,30 @@ class Detector(nn.Module):
         super().__init__()
         self.neck = SimpleFeaturePyramid(channels, CHANNELS)
         del self.neck.p2  # its stride of a quarter patch costs more than all others
-        self.head = MODELS.build(
-            ConfigDict(
-                type="ATSSHead",
-                num_classes=num_classes,
-                in_channels=CHANNELS,
-                feat_channels=CHANNELS,
-                stacked_convs=1,
-                anchor_generator=dict(
-                    type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=LEVELS
-                ),
-                bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
-                loss_cls=dict(type="FocalLoss", use_sigmoid=True),
-                loss_bbox=dict(type="GIoULoss", loss_weight=2.0),
-                train_cfg=dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1),
-                test_cfg=dict(
-                    nms_pre=1000,
-                    min_bbox_size=0,
-                    score_thr=0.01,
-                    nms=dict(type="nms", iou_threshold=0.6),
-                    max_per_img=100,
-                ),
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            self.head = MODELS.build(
+                ConfigDict(
+                    type="ATSSHead",
+                    num_classes=num_classes,
+                    in_channels=CHANNELS,
+                    feat_channels=CHANNELS,
+                    stacked_convs=1,
+                    anchor_generator=dict(
+                        type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=LEVELS
+                    ),
+                    bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
+                    loss_cls=dict(type="FocalLoss", use_sigmoid=True),
+                    loss_bbox=dict(type="GIoULoss", loss_weight=2.0),
+                    train_cfg=dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1),
+                    test_cfg=dict(
+                        nms_pre=1000,
+                        min_bbox_size=0,
+                        score_thr=0.01,
+                        nms=dict(type="nms", iou_threshold=0.6),
+                        max_per_img=100,
+                    ),
+                )
             )
-        )
         self.head.init_weights()
 
     def levels(self, maps: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ pixels, in samples drawn with replacement (the seeds). Thresholds are calibrated
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import timm
@@ -123,7 +124,7 @@ def main() -> None:
         for keep in KEEPS:
             adapt(vit, calibrated(args.folder, scorer, keep), scorer, merge)
             measure(merge, scorer, SIDE)
-    command = f"python -m benchmarks.equal_tokens_classes {args.folder.name}"
+    command = " ".join(["python -m benchmarks.equal_tokens_classes", *sys.argv[1:]])
     about = {
         "model": MODEL,
         "command": command,

@@ -134,7 +134,7 @@ def look(frozen: Frozen, dense: torch.nn.Module, image: Image.Image) -> Seen:
             seconds[name].append(time.perf_counter() - started)
     maps[SMALLER] = F.interpolate(maps[SMALLER][None], size=grid, mode="bilinear", antialias=True)[0]
     counts = {DENSE: grid[0] * grid[1], APT: tokens, SMALLER: small[0] * small[1] // patch_size**2, RANDOM: tokens}
-    return Seen(image, patches(image, layout), maps, counts, seconds)
+    return Seen(image, patches(image, layout)[1], maps, counts, seconds)
 
 
 def similarity(seen: Seen, method: str) -> float:

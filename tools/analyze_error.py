@@ -107,14 +107,16 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of the toolboxes, about what this tool leaves out
     model = MMModel(args.config, args.checkpoint)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    rows = {}
+    rows, left_out = {}, []
     for path in track(paths, "comparing", console=Console(stderr=True), transient=True, disable=len(paths) == 1):
         try:
             picture, rows[path] = analyze(model, read_rgb(path))
         except (OSError, ValueError) as error:
-            print(f"left out {path}: {error}", file=sys.stderr)
+            left_out.append(f"left out {path}: {error}")
             continue
         picture.save(args.out_dir / f"{path.stem}_error.png")
+    for line in left_out:
+        print(line, file=sys.stderr)
     if not rows:
         raise ValueError("no image could be compared")
     table = Table("image", *next(iter(rows.values())), title=f"relative feature error; pictures in {args.out_dir}")
