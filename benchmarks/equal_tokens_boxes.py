@@ -33,13 +33,14 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tools.cli import run
 from apt_backbones.checkpoint import read_file
 from apt_backbones.distill import Views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.mm.det import SimpleFeaturePyramid
 
-from .study import MERGED, PATCH, Setting, Study, about, between, console, parser_of, text
+from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text
 
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
 SMALLER = ((196, 266), (224, 294), (252, 336), (280, 378), (308, 406))
@@ -421,7 +422,7 @@ def draw(path: Path, results: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "equal_tokens_boxes")
+    parser = study_parser(__doc__, "equal_tokens_boxes")
     parser.add_argument("images", type=Path, help="folder with (some of) the photographs")
     parser.add_argument("annotations", type=Path, help="COCO's instances_val2017.json")
     parser.add_argument("--out", type=Path, default=Path("docs/results/equal_tokens_coco.json"))
@@ -444,4 +445,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,6 @@ merged tokens by their area, as ``adapt`` has it, or with every token once. They
 pixels, in samples drawn with replacement (the seeds). Thresholds are calibrated on the validation split.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from tools.cli import parser_of, run
 from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
@@ -87,7 +87,7 @@ def calibrated(folder: Path, scorer: str, keep: float) -> dict[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="with train, validation and test, a folder per class in each")
     parser.add_argument("--weights", type=Path, help="of the network; timm's are downloaded otherwise")
     parser.add_argument("--scorer", help="file of a learned scorer, measured as well")
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

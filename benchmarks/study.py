@@ -20,12 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from tools.cli import parser_of
 from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, train_scorer
 from apt_backbones.files import write_atomically
 from apt_backbones.selection import normalize
+from tools.machine import processor
 
 from . import tome
 
@@ -228,12 +230,9 @@ def cpu_seconds(function: Callable[[Tensor], object], pixels: Tensor) -> float:
     return time.thread_time() - started
 
 
-def parser_of(text: str, folder: str) -> argparse.ArgumentParser:
+def study_parser(text: str, folder: str) -> argparse.ArgumentParser:
     """With the flags of every study; ``folder`` is where its steps are kept."""
-    first, _, rest = text.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(text)
     parser.add_argument("--weights", type=Path, help="timm's weights of the network (default: downloaded)")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs", folder), help="for finished steps")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the features")
@@ -248,8 +247,3 @@ def about(module: str, args: argparse.Namespace) -> dict:
         "weights": args.weights.name if args.weights else "timm's",
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
