@@ -58,6 +58,7 @@ def options(data, **more):
     small = {"num_workers": 0, "persistent_workers": False, "batch_size": 4}
     flags |= {f"{loader}.{name}": value for loader in folders for name, value in small.items()}
     flags |= {"model.model_options.depth": 2, "model.num_classes": 2, "model.new_classifier": True}
+    flags |= {"randomness.seed": 0}
     return [f"{name}={value}" for name, value in (flags | more).items()]
 
 
@@ -72,9 +73,9 @@ def weights(tmp_path):
 
 def test_trains_from_timms_weights_and_tests_what_it_saved(data, weights, tmp_path):
     config = str(ROOT / "cls_configs/vit_b_16_224_apt.py")
-    more = {"load_from": weights, "optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 2}
+    more = {"load_from": weights, "optim_wrapper.optimizer.lr": 3e-4, "train_cfg.max_epochs": 3}
     train.main([config, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options(data, **more)])
-    checkpoint = str(tmp_path / "run/epoch_2.pth")
+    checkpoint = str(tmp_path / "run/epoch_3.pth")
     metrics = test.main([config, checkpoint, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options(data)])
     assert metrics["top1"] == 100 and metrics["top5"] == 100
     assert metrics["content_kept"] < 0.9
