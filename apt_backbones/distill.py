@@ -27,6 +27,7 @@ from .learned import LearnedScorer, ScorerTail, fold
 OUTPUTS = ("probabilities", "features")
 FLOOR = 0.01  # of the mean loss: below it differences are noise
 RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 0.1, 1e-2
+WIDTH = 32  # of a scorer
 _SHARD = 32
 
 
@@ -197,7 +198,7 @@ def train_scorer(
     pixel_std: Sequence[float],
     epochs: int = 40,
     batch: int = 16,
-    width: int = 32,
+    width: int = WIDTH,
     seed: int = 0,
     state: Path | None = None,
     report: Callable[[Epoch], None] = lambda epoch: None,

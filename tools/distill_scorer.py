@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tools.cli import parser_of
 from apt_backbones.distance import merging_off
-from apt_backbones.distill import Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
+from apt_backbones.distill import WIDTH, Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import find_images, read_rgb
 from tools import steps
 from tools.frozen_model import Frozen, add_model_arguments, frozen_model
@@ -104,7 +104,7 @@ def main() -> None:
         "view": views.size,
     }
     listed = [[str(path) for path in part] for part in (paths, held_out)]
-    key = steps.digest([origin, views, args.resize, sizes, listed])
+    key = steps.digest([origin, views, args.resize, sizes, listed, WIDTH])
     folder = (args.work_dir or args.out.parent / f".{args.out.stem}_distilling") / key
     frozen.model.to(args.device)
     outputs = target_of(frozen, target, views, paths, args.prototypes)
