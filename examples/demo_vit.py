@@ -84,7 +84,7 @@ def distilled(args, paths: list[Path]) -> Path:
     with announced("distilling a scorer (some minutes on a CPU)"):
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"no scorer was distilled: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
     return file
 
 
@@ -287,6 +287,8 @@ def main() -> None:
     add("--pictures", type=int, default=4, help="images to draw (%(default)s)")
     add("--out", type=Path, default=Path("work_dirs/demo/vit"), help="for everything (%(default)s)")
     args = parser.parse_args()
+    if not 0.25 <= args.keep <= 1:
+        raise ValueError(f"--keep {args.keep:g}: patches of twice the side keep from 0.25 to all (1) of the tokens")
     paths = (find_images(args.images) if args.images else photographs())[: args.limit]
     frozen = frozen_model(args.model, args.weights, None, "resizing", args.resize)
     scorer = str(distilled(args, paths))
