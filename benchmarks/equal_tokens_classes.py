@@ -16,7 +16,6 @@ from pathlib import Path
 
 import timm
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,20 +23,19 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tools.cli import parser_of, run
-from apt_backbones import adapt, read_checkpoint
-from apt_backbones.backbones.timm_vit import load_timm
+from apt_backbones import adapt
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.files import write_atomically
 from apt_backbones.selection import normalize
 
-MODEL, SIDE, MERGED = "vit_small_patch14_dinov2", 224, 28
+from .study import MERGED, MODEL, console, pretrained
+
+SIDE = 224
 SMALLER = (140, 168, 196, 210, 224)
 KEEPS = (0.75, 0.6)
 ADAPTIVE = (("resizing", "entropy"), ("resizing", "upsample_mse"), ("random", "entropy"))
 POOLS = ("cls", "mean by area", "mean by token")
 SEEDS = 3
-
-console = Console(stderr=True)
 
 
 def images_of(folder: Path, split: str, side: int) -> DataLoader:
@@ -93,10 +91,7 @@ def main() -> None:
     parser.add_argument("--scorer", help="file of a learned scorer, measured as well")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
-    vit = timm.create_model(MODEL, pretrained=args.weights is None, num_classes=0, dynamic_img_size=True)
-    if args.weights is not None:
-        load_timm(vit, read_checkpoint(args.weights))
-    vit.eval().requires_grad_(False)
+    vit = pretrained(args.weights)
     # Without an option, timm's own model would come back.
     adapt(vit, None, padding="coarsest")
     x, labels, _ = features(vit, images_of(args.folder, "train", SIDE), "training images")

@@ -79,12 +79,9 @@ class Study:
 
     def build(self) -> nn.Module:
         """The frozen network, adaptive, with nothing merged yet."""
-        vit = timm.create_model(MODEL, pretrained=self.weights is None, num_classes=0, dynamic_img_size=True)
-        vit = adapt(vit, {MERGED: 0.0}, merge="resizing")
-        if self.weights is not None:
-            load_timm(vit, read_checkpoint(self.weights))
+        vit = adapt(pretrained(self.weights), {MERGED: 0.0}, merge="resizing")
         vit.thresholds = {}
-        return vit.eval().requires_grad_(False)
+        return vit
 
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
         """The images of a split as the network sees them at a size: uint8 (1, 3, height, width)."""
@@ -209,6 +206,14 @@ class Study:
                 self.normalized(pixels), list(self.blocks), norm=True, intermediates_only=True
             )
         return lambda pixels: self.vit.feature_maps(self.normalized(pixels), self.blocks, norm=True)
+
+
+def pretrained(weights: Path | None) -> nn.Module:
+    """timm's network, frozen, with weights of a file or its own."""
+    vit = timm.create_model(MODEL, pretrained=weights is None, num_classes=0, dynamic_img_size=True)
+    if weights is not None:
+        load_timm(vit, read_checkpoint(weights))
+    return vit.eval().requires_grad_(False)
 
 
 def text(size: tuple[int, int]) -> str:
