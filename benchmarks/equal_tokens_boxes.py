@@ -45,8 +45,8 @@ from .study import MERGED, PATCH, Setting, Study, about, between, console, study
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
 SMALLER = ((196, 266), (224, 294), (252, 336), (280, 378), (308, 406))
 TRAINED_AT = ((252, 336), BASE)  # the head sees both, so that it reads smaller images as well
-LEVELS = (7, 14, 28, 56)  # strides
-CHANNELS, EPOCHS, BATCH, RATE = 96, 4, 8, 1e-3
+LEVELS = (7, 14, 28, 56, 112)  # strides; the coarsest is for objects that fill the image
+CHANNELS, EPOCHS, BATCH, RATE = 96, 8, 8, 1e-3
 SEEDS = (0,)
 DRAWS = 50  # samples of the test images for the error bar
 KINDS = ("mAP", "small", "medium", "large", "person")
@@ -55,10 +55,12 @@ SHARD = 64
 
 
 class Photo(NamedTuple):
-    """A photograph with its boxes (N, 4), corners in its own pixels, and classes (N,)."""
+    """A photograph of width x height pixels with its boxes (N, 4), corners in its own pixels, and classes (N,)."""
 
     id: int
     path: Path
+    width: int
+    height: int
     boxes: Tensor
     classes: Tensor
 
@@ -74,14 +76,14 @@ def read_photos(folder: Path, coco: COCO) -> dict[str, list[Photo]]:
             boxes = torch.tensor([a["bbox"] for a in found]).view(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
             classes = torch.tensor([number[a["category_id"]] for a in found], dtype=torch.long)
-            photos.append(Photo(entry["id"], path, boxes, classes))
+            photos.append(Photo(entry["id"], path, entry["width"], entry["height"], boxes, classes))
     if not photos:
         raise FileNotFoundError(f"{folder} holds none of the images that the annotations name")
     first, second = round(0.7 * len(photos)), round(0.8 * len(photos))
     return {"train": photos[:first], "val": photos[first:second], "test": photos[second:]}
 
 
-def shape_of(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+def shape_of(image: Photo | Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width at which the network sees an image: ``size``, upright, or a square of about as many cells."""
     if image.width > 1.15 * image.height:
         return size
@@ -126,7 +128,7 @@ class Detector(nn.Module):
 
     def levels(self, maps: Tensor) -> tuple[Tensor, ...]:
         p3, p4, p5 = (level(maps.float()).contiguous() for level in (self.neck.p3, self.neck.p4, self.neck.p5))
-        return p3, p4, p5, p5[:, :, ::2, ::2].contiguous()
+        return p3, p4, p5, p5[:, :, ::2, ::2].contiguous(), p5[:, :, ::4, ::4].contiguous()
 
     def probabilities(self, maps: Tensor) -> Tensor:
         """Of the classes and of none on the base cells (B, classes + 1, H, W): the mean of the two finest levels."""
@@ -158,12 +160,12 @@ class BoxStudy(Study):
         name = f"{split}_{text(size)}{'_mirrored' * mirrored}"
         for start in track(range(0, len(self.photos[split]), SHARD), f"dense {name}", console=console):
             file = self.work_dir / "dense" / name / f"{start}.safetensors"
-            part = [(photo, read_rgb(photo.path)) for photo in self.photos[split][start : start + SHARD]]
+            part = self.photos[split][start : start + SHARD]
             if not file.is_file():
-                pixels = {str(photo.id): pixels_of(image, size) for photo, image in part}
+                pixels = {str(photo.id): pixels_of(read_rgb(photo.path), size) for photo in part}
                 save_tensors(file, {k: self.maps(x.flip(3) if mirrored else x)[0] for k, x in pixels.items()})
             maps = load_file(file)
-            found += [(maps[str(photo.id)], sample_of(photo, image, size, mirrored)) for photo, image in part]
+            found += [(maps[str(photo.id)], sample_of(photo, size, mirrored)) for photo in part]
         return found
 
     def detector(self, seed: int) -> Detector:
@@ -203,9 +205,8 @@ class BoxStudy(Study):
             with self.as_set(setting):
                 for index, photo in enumerate(track(self.photos["test"], setting.name, console=console)):
                     if stored is None:
-                        image = read_rgb(photo.path)
-                        maps, count = self.maps_of(setting, pixels_of(image, setting.image))
-                        sample = sample_of(photo, image, setting.image)
+                        maps, count = self.maps_of(setting, pixels_of(read_rgb(photo.path), setting.image))
+                        sample = sample_of(photo, setting.image)
                     else:
                         (features, sample), maps = stored[index], stored[index][0][None]
                         count = features.shape[1] * features.shape[2]
@@ -235,14 +236,14 @@ def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
 
 
-def sample_of(photo: Photo, image: Image.Image, size: tuple[int, int], mirrored: bool = False) -> DetDataSample:
+def sample_of(photo: Photo, size: tuple[int, int], mirrored: bool = False) -> DetDataSample:
     """What mmdet's heads take beside maps: boxes in the pixels that the network sees."""
-    shape = shape_of(image, size)
-    scale = (shape[1] / image.width, shape[0] / image.height)
+    shape = shape_of(photo, size)
+    scale = (shape[1] / photo.width, shape[0] / photo.height)
     boxes = photo.boxes * torch.tensor([*scale, *scale])
     if mirrored:
         boxes = torch.stack([shape[1] - boxes[:, 2], boxes[:, 1], shape[1] - boxes[:, 0], boxes[:, 3]], 1)
-    meta = dict(img_shape=shape, pad_shape=shape, ori_shape=(image.height, image.width), scale_factor=scale)
+    meta = dict(img_shape=shape, pad_shape=shape, ori_shape=(photo.height, photo.width), scale_factor=scale)
     return DetDataSample(metainfo=meta, gt_instances=InstanceData(bboxes=boxes, labels=photo.classes))
 
 

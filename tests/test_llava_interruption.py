@@ -168,8 +168,8 @@ def test_what_a_loaders_process_finds_out_is_one_line_too(task, tmp_path):
 # ---------------------------------------------------------------------------------------- several processes
 
 
-def start_two(task, output, *more):
-    for environment in environments(2):
+def start_several(task, output, processes, *more):
+    for environment in environments(processes):
         yield start(task, output, "--ddp_backend", "gloo", *more, environment=environment)
 
 
@@ -179,15 +179,16 @@ def record(index, image, words):
     return {"id": f"r{index}", **({"image": image} if image else {}), "conversations": turns}
 
 
-@pytest.mark.parametrize("of_second", ["text only", "nothing merges"])
-def test_two_processes_train_as_one_does_whatever_the_second_one_gets(task, tmp_path, of_second):
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("others", ["text only", "nothing merges"])
+def test_several_processes_train_as_one_does_whatever_half_of_them_get(task, tmp_path, others, processes):
     """SGD's steps are the gradients, here summed over six steps of four samples: two with images that merge, and,
-    on the second process, two without images or with images in which nothing merges."""
+    on other processes, two without images or with images in which nothing merges."""
     (tmp_path / "images").mkdir()
     records = []
     for index in range(4):
         merges = index < 2
-        name = f"{index}.png" if merges or of_second == "nothing merges" else None
+        name = f"{index}.png" if merges or others == "nothing merges" else None
         if name:
             photo(index, size=(112, 112), flat=0.5 if merges else 0).save(tmp_path / "images" / name)
         records.append(record(index, name, words=9 - index))  # longer ones come first in a batch
@@ -195,21 +196,21 @@ def test_two_processes_train_as_one_does_whatever_the_second_one_gets(task, tmp_
     more = ["--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--optim", "sgd"]
     more += ["--learning-rate", "1", "--max_grad_norm", "0"]
     more += ["--num_train_epochs", "6", "--lr_scheduler_type", "constant"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    processes = list(start_two(task, two, *more))
+    one, several = tmp_path / "one", tmp_path / "several"
+    started = list(start_several(task, several, processes, *more, "--device-batch-size", 4 // processes))
     run(task, one, *more, "--device-batch-size", "4")
-    assert [end(process) for process in processes] == [0, 0], processes[0].log.read_text()
+    assert [end(process) for process in started] == [0] * processes, started[0].log.read_text()
     start_values = tmp_path / "start"
     run(task, start_values, *more, "--learning-rate", "0", "--device-batch-size", "4")
     for name, begun in new_layers(start_values).items():
-        expected, result = new_layers(one)[name] - begun, new_layers(two)[name] - begun
+        expected, result = new_layers(one)[name] - begun, new_layers(several)[name] - begun
         assert expected.abs().max() > 0
         assert (result - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
 def test_a_killed_process_ends_the_other_one_and_one_alone_can_go_on(task, tmp_path):
     output, more = tmp_path / "run", ("--save_steps", "1", "--num_train_epochs", "6")
-    first, second = start_two(task, output, *more)
+    first, second = start_several(task, output, 2, *more)
     deadline = time.time() + 60
     while last_checkpoint(output) is None:
         assert time.time() < deadline and first.is_alive(), first.log.read_text()

@@ -24,7 +24,7 @@ import apt_backbones.mm.cls
 from apt_backbones import read_checkpoint
 from apt_backbones.mm.data import BadData, GuardedDataset, PositionSampler
 from apt_backbones.mm.runner import check_normalization, latest_checkpoint, resumable
-from tests.scripts import ENVIRONMENT, ROOT, run_script
+from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options, run_script
 
 CONFIG = """
 _base_ = "{root}/cls_configs/vit_b_16_224_apt.py"
@@ -128,18 +128,28 @@ def test_an_interrupted_run_ends_as_one_that_was_not(config, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(config, tmp_path):
+@pytest.mark.parametrize("task", ["cls", "det", "seg"])
+def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(task, config, photoshapes, tmp_path):
     """kill -9 at ten moments: as soon as there is another checkpoint, or a while after it."""
-    script, seed = str(ROOT / "tools/train.py"), ("--cfg-options", "randomness.seed=7")
+    if task == "cls":
+        path, options = config(iterations=40), {}
+    else:
+        checkpoint = ROOT / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+        options = {**data_options(photoshapes), "load_from": checkpoint, "train_dataloader.batch_size": 2}
+        options |= evaluator_options(photoshapes) if task == "det" else {}
+        options |= {"train_cfg.max_iters": 40, "train_cfg.val_interval": 1000, "default_hooks.checkpoint.interval": 2}
+        path = str(ROOT / f"{task}_configs/eva02_tiny_apt_photoshapes.py")
+    options |= {"randomness.seed": 7}
 
-    def start(path, name):
-        command = [sys.executable, script, path, "--work-dir", str(tmp_path / name), "--resume", *seed]
+    def start(name):
+        command = [sys.executable, str(ROOT / "tools/train.py"), path, "--work-dir", str(tmp_path / name), "--resume"]
+        command += ["--cfg-options", *(f"{name}={value}" for name, value in options.items())]
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    path, killed, kills = config(iterations=40), tmp_path / "killed", 0
+    killed, kills = tmp_path / "killed", 0
     while kills < 10:
         seen = latest_checkpoint(killed)
-        run = start(path, "killed")
+        run = start("killed")
         while run.poll() is None and latest_checkpoint(killed) == seen:
             time.sleep(0.02)
         time.sleep(0.03 * kills)
@@ -148,9 +158,9 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(config, tmp_pat
         run.kill()
         run.wait()
         kills += 1
-    assert kills >= 5
+    assert kills >= 5, run.stderr.read()
     for name in ("killed", "whole"):
-        run = start(path, name)
+        run = start(name)
         assert run.wait() == 0, run.stderr.read()
     assert_equal_runs(killed, tmp_path / "whole")
     assert not list(killed.glob(".*unfinished"))
