@@ -200,6 +200,26 @@ class PatchLayout:
             cells = cells.masked_fill((index < 0)[:, None], 0)
         return cells.view(*self.token_BHW.shape, -1).permute(0, 3, 1, 2)
 
+    def interpolate(self, map_BDHW: Tensor) -> Tensor:
+        """Interpolate a map of ``to_map`` within merged patches: their cells approach those around them, while the mean
+        of every patch stays the token's. Cells of base patches, and those without a token, stay as they are."""
+        factors = [size // self.patch_size for size in self.sizes]
+        factors = [factor for factor in factors if 1 < factor <= min(self.grid)]
+        if not any(self.sizes[factor * self.patch_size].numel() for factor in factors):
+            return map_BDHW
+        factor_BHW = (self.side_T // self.patch_size)[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 1)
+        factor_B1HW, has_token_B1HW = factor_BHW[:, None], (self.token_BHW >= 0)[:, None].to(map_BDHW.dtype)
+        share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)  # of a cell's 3 x 3 neighbours
+        filled_BDHW = map_BDHW
+        for _ in range(max(factors) // 2):
+            near_BDHW = F.avg_pool2d(filled_BDHW, 3, 1, padding=1) / share_B1HW
+            for factor in factors:
+                means = F.avg_pool2d(near_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+                rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
+                kept_BDHW = near_BDHW - F.pad(means, (0, rest[1], 0, rest[0])) + map_BDHW
+                filled_BDHW = torch.where(factor_B1HW == factor, kept_BDHW, filled_BDHW)
+        return filled_BDHW
+
     def from_map(self, map_BDHW: Tensor) -> Tensor:
         """Read every token at its top-left cell: (B, D, H, W) -> (T, D); zeros for prefix tokens.
 

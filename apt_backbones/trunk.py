@@ -32,6 +32,7 @@ from .selection import (
     undo_normalization,
 )
 
+MAP_FILLS = ("repeat", "interpolate")
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -100,6 +101,7 @@ class AdaptiveTrunk(nn.Module):
         global_blocks: Sequence[int] = (),
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
+        map_fill: str = "repeat",
         attention_backend: str | None = None,
     ) -> None:
         """Settle how images become tokens, and add the new layers.
@@ -116,6 +118,8 @@ class AdaptiveTrunk(nn.Module):
                 Prefix tokens belong to no window: in windowed blocks those of an image attend to each other only.
             global_blocks: indices of the blocks that attend globally although there are windows.
             pixel_mean, pixel_std: normalization that the images underwent, in 0..255; undone before scoring.
+            map_fill: what the cells of a merged patch hold in feature maps: "repeat", its token; or "interpolate",
+                values between those around it, with the token as their mean (``PatchLayout.interpolate``).
             attention_backend: see ``varlen_attention``; None chooses.
 
         Raises:
@@ -127,6 +131,7 @@ class AdaptiveTrunk(nn.Module):
         check_scorer(scorer, tuple(thresholds))
         check_choice("padding", padding, PADDING_MODES)
         check_choice("rope_position", rope_position, ROPE_POSITIONS)
+        check_choice("map_fill", map_fill, MAP_FILLS)
         if padding == "drop" and all(float(value).is_integer() for value in pixel_mean):
             raise ValueError(
                 f'padding="drop" takes exact zeros for padding, and with pixel_mean {tuple(pixel_mean)} content can be '
@@ -139,7 +144,7 @@ class AdaptiveTrunk(nn.Module):
             self.check_block(block)
         self.thresholds, self.scorer, self.merge, self.padding = thresholds, scorer, merge, padding
         self.rope_position, self.attention_backend = rope_position, attention_backend
-        self.window_size = window_size or None
+        self.map_fill, self.window_size = map_fill, window_size or None
         self.global_blocks = frozenset(check_indices("global_blocks", global_blocks, len(self.blocks)))
         self.pixel_mean, self.pixel_std = tuple(map(float, pixel_mean)), tuple(map(float, pixel_std))
         self.with_cp = False
@@ -181,8 +186,13 @@ class AdaptiveTrunk(nn.Module):
         maps = {}
         for index, x_TD in self.run(images, until=max(indices)):
             if index in indices:
-                maps[index] = self.last_layout.to_map(self.final_norm(x_TD) if norm else x_TD)
+                maps[index] = self.to_map(self.final_norm(x_TD) if norm else x_TD)
         return tuple(maps[index] for index in indices)
+
+    def to_map(self, x_TD: Tensor) -> Tensor:
+        """Tokens of the latest batch as a feature map (B, D, H, W), filled as ``map_fill`` says."""
+        map_BDHW = self.last_layout.to_map(x_TD)
+        return self.last_layout.interpolate(map_BDHW) if self.map_fill == "interpolate" else map_BDHW
 
     def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Run the network; after every block yield its index and its tokens (T, D), placed as ``last_layout`` says.

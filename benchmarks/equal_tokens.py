@@ -39,7 +39,7 @@ from .camvid import (
     read_labels,
     train_head,
 )
-from .study import MERGED, Setting, Study, about, between, console, cpu_seconds, study_parser, text
+from .study import MERGED, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
 
 BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
@@ -51,6 +51,7 @@ BUDGETS = {
     (392, 518): (346, 390, 468, 580, 768),
 }
 OTHERS = (302, 390)  # budgets of the baselines
+SCORER_SEEDS = (0, 1, 2)
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 CHUNK = 32
 
@@ -104,11 +105,12 @@ HEADS = {
 
 def all_settings(head: str) -> list[Setting]:
     """Of the linear head; of the slower one fewer budgets and scorers."""
-    budgets, scorers = BUDGETS, (*SCORERS, TRUE)
+    budgets, scorers, seeds = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS
     if head != "linear":
-        budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
+        budgets, scorers, seeds = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",), (0,)
     dense = [Setting("dense", size) for size in sorted((*SMALLER, *BASES))]
-    learned = [Setting("apt", size, "learned", budget) for size in BASES for budget in budgets[size]]
+    learned = [Setting("apt", size, "learned", b, seed) for size in BASES for b in budgets[size] for seed in seeds]
+    learned += [Setting("apt", BASES[0], "learned", budget, fill="repeat") for budget in OTHERS]
     pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in scorers for budget in OTHERS]
     others = [Setting(method, BASES[0], None, budget) for method in ("random", "tome") for budget in OTHERS]
     return dense + learned + pixel + others
@@ -254,9 +256,7 @@ def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> l
     """Entries of the results file, one per head and seed."""
     return [
         {
-            "method": setting.method,
-            "scorer": setting.scorer and Path(setting.scorer).stem,
-            "image": text(setting.image),
+            **setting.about,
             "head": head,
             "tokens": round(quality["tokens"], 1),
             "mIoU": round(value, 2),
@@ -272,8 +272,9 @@ def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> l
 def gains(results: list[dict], kept_head: str) -> list[dict]:
     """Mean IoU of every other method on the test split over that of dense images with as many tokens.
 
-    Means over the seeds; between two sizes the dense curve is a straight line, and points beyond it are left out.
-    ``kept`` compares with the same head on smaller images, ``own`` with heads trained at the smaller images' sizes.
+    Means over the heads, and over the seeds of learned scorers, between whose gains ``spread`` is the standard
+    deviation. Between two sizes the dense curve is a straight line, and points beyond it are left out. ``kept``
+    compares with the same head on smaller images, ``own`` with heads trained at the smaller images' sizes.
     """
     tested = [line for line in results if line["split"] == "test"]
 
@@ -284,20 +285,24 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
         return sorted((tokens, statistics.mean(values)) for tokens, values in points.items())
 
     dense = [line for line in tested if line["method"] == "dense"]
-    kept = curve([line for line in dense if line["head"] == kept_head])
-    own = curve([line for line in dense if line["head"] == line["image"]])
-    found = []
-    others = [line for line in tested if line["method"] != "dense" and line["head"] == kept_head]
-    for key in dict.fromkeys((line["method"], line["scorer"], line["image"], line["tokens"]) for line in others):
-        method, scorer, image, tokens = key
-        values = [
-            line["mIoU"] for line in others if (line["method"], line["scorer"], line["image"], line["tokens"]) == key
-        ]
-        entry = {"method": method, "scorer": scorer, "image": image, "tokens": tokens}
-        entry["mIoU"] = round(statistics.mean(values), 2)
-        for name, points in (("kept", kept), ("own", own)):
-            at = between(points, tokens)
-            entry[name] = None if at is None else round(entry["mIoU"] - at, 2)
+    curves = {
+        "kept": curve([line for line in dense if line["head"] == kept_head]),
+        "own": curve([line for line in dense if line["head"] == line["image"]]),
+    }
+    found, points = [], {}
+    for line in tested:
+        if line["method"] != "dense" and line["head"] == kept_head:
+            points.setdefault(point_of(line), {}).setdefault(line["scorer_seed"], []).append(line)
+    for key, seeds in points.items():
+        by_scorer = [(lines[0]["tokens"], statistics.mean(line["mIoU"] for line in lines)) for lines in seeds.values()]
+        entry = dict(zip(("method", "scorer", "fill", "image", "budget"), key))
+        entry["tokens"], entry["mIoU"] = (round(statistics.mean(values), 2) for values in zip(*by_scorer))
+        for name, dense_curve in curves.items():
+            over = [(value, between(dense_curve, tokens)) for tokens, value in by_scorer]
+            differences = None if any(at is None for _, at in over) else [value - at for value, at in over]
+            entry[name] = differences and round(statistics.mean(differences), 2)
+            if name == "kept":
+                entry["spread"] = round(statistics.stdev(differences), 2) if differences and len(over) > 1 else None
         found.append(entry)
     return found
 
@@ -318,10 +323,10 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
             line for line in tested if line["method"] == "dense" and line["head"] == line["image"]
         ],
     }
-    for image in images:
-        curves[f"learned scorer, image of {image}"] = [
-            line for line in read if line["scorer"] == "learned" and line["image"] == image
-        ]
+    for title, fill in (("", "interpolate"), (", tokens repeated", "repeat")):
+        for image in images:
+            lines = [line for line in read if (line["scorer"], line["fill"], line["image"]) == ("learned", fill, image)]
+            curves |= {f"learned scorer{title}, image of {image}": lines} if lines else {}
     pixel = dict.fromkeys((*SCORERS, TRUE))
     curves |= {f"{scorer}, image of {images[0]}": [r for r in read if r["scorer"] == scorer] for scorer in pixel}
     curves |= {
@@ -331,11 +336,15 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
         for index, (name, lines) in enumerate(curves.items()):
-            points = sorted({line[key] for line in lines if line[key] is not None})
-            values = [[line["mIoU"] for line in lines if line[key] == point] for point in points]
+            places, values = {}, {}
+            for line in lines:
+                values.setdefault(point_of(line), []).append(line["mIoU"])
+                if line[key] is not None:
+                    places.setdefault(point_of(line), []).append(line[key])
+            values = [values[point] for point in places]
             style = "--" if "dense" in name else "-" if "learned" in name else ":"
             panel.errorbar(
-                points,
+                [statistics.mean(place) for place in places.values()],
                 [statistics.mean(value) for value in values],
                 [statistics.pstdev(value) for value in values],
                 label=name,
@@ -371,7 +380,7 @@ def main() -> None:
         (split, s): study.quality(s, split) for split, part in (("val", chosen), ("test", settings)) for s in part
     }
     paths = study.paths["test"]
-    timed = [s for s in settings if s.scorer != TRUE]
+    timed = [s for s in settings if s.scorer != TRUE and s.seed == 0]
     times = study.times(timed, lambda number, size: read_images([paths[number * (len(paths) // 4)]], size))
     for (split, setting), measured in quality.items():
         results += lines_of(setting, split, measured, times.get(setting.name))

@@ -347,8 +347,7 @@ def all_settings() -> list[Setting]:
 
 def lines_of(setting: Setting, quality: dict, ms: float) -> list[dict]:
     """Entries of the results file, one per seed of the detector."""
-    point = {"method": setting.method, "scorer": setting.scorer, "image": text(setting.image)}
-    point |= {"tokens": round(quality["tokens"], 1), "split": "test", "ms": round(ms, 1)}
+    point = {**setting.about, "tokens": round(quality["tokens"], 1), "split": "test", "ms": round(ms, 1)}
     lines = []
     for seed, found in enumerate(quality["AP"]):
         values = {name: round(value, 2) for name, value in found.items() if name != "draws"}
@@ -372,8 +371,7 @@ def gains(measured: dict[Setting, dict]) -> list[dict]:
         if setting.method == "dense":
             continue
         tokens = quality["tokens"]
-        entry = {"method": setting.method, "scorer": setting.scorer, "image": text(setting.image)}
-        entry["tokens"] = round(tokens, 1)
+        entry = {**setting.about, "tokens": round(tokens, 1)}
         for name in KINDS:
             at = between([(part["tokens"], mean(part, name)) for part in dense], tokens)
             entry[name] = [round(mean(quality, name), 2), None if at is None else round(mean(quality, name) - at, 2)]

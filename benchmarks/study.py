@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from tools.machine import processor
 from . import tome
 
 MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
+# Of the results' entries: what those share that differ in their seeds alone.
+point_of = itemgetter("method", "scorer", "fill", "image", "budget")
 
 console = Console(stderr=True)
 
@@ -44,17 +47,35 @@ class Setting(NamedTuple):
         image: height and width.
         scorer: of "apt".
         budget: tokens that it is calibrated to.
+        seed: of the learned scorer's distilling.
+        fill: of the maps of "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``.
     """
 
     method: str
     image: tuple[int, int]
     scorer: str | None = None
     budget: int | None = None
+    seed: int = 0
+    fill: str = "interpolate"
 
     @property
     def name(self) -> str:
         scorer = self.scorer and Path(self.scorer).stem
-        return "_".join(str(part) for part in (self.method, *self.image, scorer, self.budget) if part is not None)
+        parts = [self.method, *self.image, scorer, self.budget, f"seed{self.seed}" if self.seed else None]
+        parts.append("repeat" if self.fill == "repeat" else None)
+        return "_".join(str(part) for part in parts if part is not None)
+
+    @property
+    def about(self) -> dict:
+        """What entries of the results say about it."""
+        return {
+            "method": self.method,
+            "scorer": self.scorer and Path(self.scorer).stem,
+            "scorer_seed": self.seed if self.scorer == "learned" else None,
+            "fill": self.fill if self.method == "apt" else None,
+            "image": text(self.image),
+            "budget": self.budget,
+        }
 
     @property
     def cells(self) -> int:
@@ -91,9 +112,9 @@ class Study:
         """Images of the train or val split, and what merging loses in them; a group per shape."""
         raise NotImplementedError
 
-    def scorer_file(self) -> Path:
+    def scorer_file(self, seed: int = 0) -> Path:
         """The scorer, distilled from the train split; of its epochs the best on the val split."""
-        file = self.work_dir / "scorer.safetensors"
+        file = self.work_dir / f"scorer_{seed}.safetensors"
         if not file.is_file():
             scorer, curve = train_scorer(
                 self.views("train"),
@@ -102,7 +123,8 @@ class Study:
                 self.vit.pixel_mean,
                 self.vit.pixel_std,
                 epochs=self.distill_epochs,
-                state=self.work_dir / "scorer.pth",
+                seed=seed,
+                state=self.work_dir / f"scorer_{seed}.pth",
                 report=lambda epoch: console.print(epoch, highlight=False),
             )
             best = min(curve, key=lambda epoch: epoch.held_out)
@@ -145,7 +167,7 @@ class Study:
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == "learned":
-            return str(self.scorer_file())
+            return str(self.scorer_file(setting.seed))
         return setting.scorer or "entropy"
 
     def threshold(self, setting: Setting) -> float:
@@ -165,6 +187,7 @@ class Study:
         if setting.method in ("apt", "random"):
             self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
             self.vit.merge = "random" if setting.method == "random" else "resizing"
+            self.vit.map_fill = setting.fill
         yield
         self.vit.thresholds, self.vit.merge = {}, "resizing"
 

@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 from tools.cli import parser_of, run
@@ -110,20 +111,20 @@ def speeds() -> str:
 
 
 def equal_tokens(name: str) -> str:
-    """One row per method and size, means over heads on the test split: quality, what it gains over dense images of as
-    many tokens that the same head reads, and milliseconds. Gains of boxes have standard deviations over samples of the
-    images."""
+    """One row per method and size on the test split: quality, what it gains over dense images of as many tokens that
+    the same head reads, and milliseconds. Means over seeds; errors are standard deviations, over scorers of several
+    seeds or, for boxes, over samples of the images."""
     measured = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text())
     metrics = ("mAP", "small", "large", "person") if name == "coco" else ("mIoU",)
-    head = measured.get("kept_head")
+    head, point_of = measured.get("kept_head"), itemgetter("method", "scorer", "fill", "image", "budget")
     tested = [line for line in measured["results"] if line["split"] == "test" and line.get("head") == head]
-    gained = {_point(line): line for line in measured["gains"]}
+    gained = {point_of(line): line for line in measured["gains"]}
     rows = []
-    for point in dict.fromkeys(map(_point, tested)):
-        method, scorer, image, tokens = point
-        lines = [line for line in tested if _point(line) == point]
-        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
-        row = [label, image.replace("x", " x "), f"{tokens:.0f}"]
+    for point in dict.fromkeys(map(point_of, tested)):
+        method, scorer, fill, image, _ = point
+        lines = [line for line in tested if point_of(line) == point]
+        label = {"apt": f"merging, {scorer}{', repeated' * (fill == 'repeat')}", "tome": "ToMe"}.get(method, method)
+        row = [label, image.replace("x", " x "), f"{statistics.mean(line['tokens'] for line in lines):.0f}"]
         for metric in metrics:
             row.append(f"{statistics.mean(line[metric] for line in lines):.2f}")
             gain, error = _gain(gained.get(point, {}), metric)
@@ -133,13 +134,9 @@ def equal_tokens(name: str) -> str:
     return table(["method", "image", "tokens", *metrics, "CPU ms"], rows)
 
 
-def _point(line: dict) -> tuple:
-    return line["method"], line["scorer"], line["image"], line["tokens"]
-
-
 def _gain(entry: dict, metric: str) -> tuple[float | None, float | None]:
     if metric == "mIoU":
-        return entry.get("kept"), None
+        return entry.get("kept"), entry.get("spread")
     return entry.get(metric, [None, None])[1], (entry.get("errors") or {}).get(metric)
 
 

@@ -90,18 +90,23 @@ def test_camvid_is_read_from_its_lists(tmp_path):
 def test_every_setting_has_a_name_and_lines():
     settings = equal_tokens.all_settings("linear")
     assert len({setting.name for setting in settings}) == len(settings)
-    assert sum(setting.scorer == "learned" for setting in settings) == 15
+    assert sum(setting.scorer == "learned" for setting in settings) == 3 * 15 + 2
     (line,) = equal_tokens.lines_of(settings[-1], "test", {"tokens": 302.04, "mIoU": {"280x364": [41.234]}}, 3.14)
     assert line["tokens"] == 302 and line["mIoU"] == 41.23 and line["seed"] == 0 and line["ms"] == 3.1
 
 
 def test_gains_are_over_dense_images_of_as_many_tokens():
-    line = dict(split="test", scorer=None, head="large", seed=0, ms=1.0)
+    line = dict(split="test", scorer=None, scorer_seed=None, fill=None, budget=None, head="large", seed=0, ms=1.0)
     dense = [{**line, "method": "dense", "image": "a", "tokens": t, "mIoU": v} for t, v in ((100, 40.0), (200, 44.0))]
     own = [{**part, "image": "a", "head": "a", "mIoU": 40.0} for part in dense]
-    apt = [{**line, "method": "apt", "image": "b", "tokens": t, "mIoU": 43.0, "scorer": "learned"} for t in (150, 300)]
+    line |= dict(method="apt", scorer="learned", image="b", mIoU=43.0)
+    apt = [{**line, "budget": t, "tokens": t, "scorer_seed": 0} for t in (150, 300)]
     first, second = equal_tokens.gains(dense + own + apt, "large")
-    assert first["kept"] == 1.0 and first["own"] == 3.0 and second["kept"] is None
+    assert first["kept"] == 1.0 and first["own"] == 3.0 and first["spread"] is None and second["kept"] is None
+    # Another scorer keeps more tokens of the same budget; its two heads differ.
+    apt += [{**line, "budget": 150, "tokens": 175, "scorer_seed": 1, "seed": k, "mIoU": 42.0 + 4 * k} for k in (0, 1)]
+    first, _ = equal_tokens.gains(dense + own + apt, "large")
+    assert (first["tokens"], first["mIoU"], first["kept"]) == (162.5, 43.5, 1.0) and first["spread"] == 0.0
 
 
 def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

@@ -71,9 +71,8 @@ def test_a_detector_learns_from_maps_and_resumes(data, tmp_path, monkeypatch):
     torch.manual_seed(0)
     detector = boxes.Detector(8, 2)
     start = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    samples = [
-        (torch.randn(8, 6, 8).half(), boxes.sample_of(photo, (84, 112))) for photo in boxes.read_photos(folder, coco)["train"]
-    ]
+    photos = boxes.read_photos(folder, coco)["train"]
+    samples = [(torch.randn(8, 6, 8).half(), boxes.sample_of(photo, (84, 112))) for photo in photos]
     boxes.train_detector(detector, samples, 0, tmp_path / "state.pth")
     trained = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     assert any(not torch.equal(trained[name], start[name]) for name in start)

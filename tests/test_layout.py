@@ -96,15 +96,32 @@ def test_maps_constant_on_each_patch_survive_the_round_trip(case):
 
 
 @given(layouts(most_prefix=2))
+def test_interpolated_maps_keep_base_patches_and_the_means_of_merged_ones(case):
+    layout, _ = case
+    tokens = torch.randn(layout.num_tokens, 3, generator=torch.Generator().manual_seed(0))
+    repeated = layout.to_map(tokens)
+    interpolated = layout.interpolate(repeated)
+    for token in range(layout.num_tokens):
+        cells = interpolated.permute(0, 2, 3, 1)[layout.token_BHW == token]
+        if len(cells) == 1:
+            assert torch.equal(cells[0], tokens[token])
+        elif len(cells):
+            torch.testing.assert_close(cells.mean(0), tokens[token], rtol=1e-4, atol=1e-5)
+
+
+@given(layouts(most_prefix=2))
 def test_a_batch_is_its_images_one_after_the_other(case):
     layout, sides = case
     tokens = torch.arange(layout.num_tokens)[:, None]
+    maps = layout.interpolate(layout.to_map(tokens.double()))
     sizes = tuple(layout.sizes)[1:]
     for image, part in enumerate(layout.split(tokens)):
         alone = PatchLayout.build(sides[image : image + 1], layout.patch_size, sizes, layout.window, layout.num_prefix)
         assert alone.num_patches == (len(part),) == layout.num_patches[image : image + 1]
         for name in ("row_T", "column_T", "side_T"):
             assert torch.equal(getattr(alone, name)[alone.num_prefix :], getattr(layout, name)[part[:, 0]])
+        of_image = tokens.double().split(layout.images.lengths)[image]
+        torch.testing.assert_close(alone.interpolate(alone.to_map(of_image))[0], maps[image])
 
 
 @given(layouts(most_prefix=2))
@@ -135,6 +152,17 @@ def test_dropped_cells_are_zero_or_repeat_the_token_before_them():
     assert empty.to_map(tokens)[0, 0].tolist() == [[0, 1, 0], [2, 0, 0]]
     filled = PatchLayout.build(sides, 16, fill_dropped=True)
     assert filled.to_map(tokens)[0, 0].tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_cells_of_a_merged_patch_approach_their_neighbours():
+    sides = torch.tensor([[[8, 8, 4, 0], [8, 8, 4, 0]]])
+    layout = PatchLayout.build(sides, 4, (8,))
+    repeated = layout.to_map(torch.tensor([[0.0], [6.0], [6.0]]))
+    assert repeated[0, 0].tolist() == [[0, 0, 6, 0], [0, 0, 6, 0]]
+    # The mean of a cell and its neighbours that have a token is 0 at the left edge and 2 beside the base patches.
+    assert layout.interpolate(repeated)[0, 0].tolist() == [[-1, 1, 6, 0], [-1, 1, 6, 0]]
+    constant = layout.to_map(torch.ones(3, 1))
+    torch.testing.assert_close(layout.interpolate(constant), constant, msg="cells without a token do not count")
 
 
 def test_dropped_windows_have_no_tokens():

@@ -91,6 +91,22 @@ def test_merges_each_image_for_itself(name):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
 
 
+@torch.no_grad()
+def test_maps_are_interpolated_within_merged_patches_if_wanted():
+    model = build("vit_small_patch14_dinov2")
+    images = torch.cat([pictures(model, 1, 9, 12), torch.zeros_like(pictures(model, 1, 9, 12))])
+    adapt(model, thresholds_of(model, 3.0, 3.0))
+    (repeated,), tokens = model.feature_maps(images, [-1], norm=True), model.forward_features(images)
+    adapt(model, thresholds_of(model, 3.0, 3.0), map_fill="interpolate")
+    (filled,) = model.feature_maps(images, [-1], norm=True)
+    expected = model.last_layout.interpolate(repeated)
+    assert torch.equal(filled, expected) and not torch.equal(filled, repeated)
+    assert torch.equal(model.forward_intermediates(images, [-1], norm=True, intermediates_only=True)[0], expected)
+    assert torch.equal(model.forward_features(images), tokens), "tokens are repeated; pooling counts them by their area"
+    with pytest.raises(ValueError, match="unknown map_fill 'nearest'; choose one of repeat, interpolate"):
+        adapt(model, thresholds_of(model, 3.0), map_fill="nearest")
+
+
 def test_thresholds_none_gives_timms_own_model_back():
     model = build("vit_small_patch16_dinov3")
     names, kind = list(model.state_dict()), type(model)

@@ -144,7 +144,7 @@ class AdaptiveTimm(AdaptiveTrunk):
         for index, x_TD in self.run(x, until=last if intermediates_only or stop_early else None):
             if index in taken:
                 kept_TD = self.final_norm(x_TD) if norm else x_TD
-                map_BDHW = self.last_layout.to_map(kept_TD)
+                map_BDHW = self.to_map(kept_TD)
                 maps.append(map_BDHW.contiguous() if output_fmt == "NCHW" else map_BDHW.flatten(2).transpose(1, 2))
                 prefixes.append(self.last_layout.prefix(kept_TD))
         with_prefix = return_prefix_tokens and self.num_prefix > 0
@@ -256,7 +256,7 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "norm.", "mask_token"
 # What ``adapt`` and ``AdaptiveTrunk.set_up`` leave in an instance beside ``adaptive_embed``.
 _SETTINGS = (
     *("patch_size", "keep_prefix", "num_prefix", "thresholds", "scorer", "merge", "padding", "rope_position"),
-    *("attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std", "last_layout"),
+    *("map_fill", "attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std", "last_layout"),
     *("_compile_options", "_fused"),
 )
 
