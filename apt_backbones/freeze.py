@@ -4,16 +4,16 @@ from functools import partial
 
 from torch import nn
 
-NEW_LAYERS = ("conv_down", "zero_mlp")
+NEW_LAYERS = ("conv_down", "zero_mlp", "map_detail")
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter's or module's dotted name belongs to ConvDown or ZeroMLP."""
+    """Whether a parameter's or module's dotted name belongs to ConvDown, ZeroMLP or MapDetail."""
     return any(part in NEW_LAYERS for part in name.split("."))
 
 
 def freeze_host(model: nn.Module) -> nn.Module:
-    """Make only ConvDown and ZeroMLP trainable, and keep all the rest in eval mode from now on.
+    """Make only the new layers trainable, and keep all the rest in eval mode from now on.
 
     ``model.train()`` then leaves drop path, dropout and batch norm statistics of the host as they are at test time.
     The instance is changed in place and returned.
@@ -24,8 +24,8 @@ def freeze_host(model: nn.Module) -> nn.Module:
     new_layers = [name for name, _ in model.named_parameters() if is_new(name)]
     if not new_layers:
         raise ValueError(
-            "nothing to train: the model has no ConvDown and ZeroMLP layers; "
-            'give its backbone thresholds and merge="apt"'
+            "nothing to train: the model has none of the new layers; "
+            'give its backbone thresholds and merge="apt" (or map_fill="learned")'
         )
     return freeze(model)
 

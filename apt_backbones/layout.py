@@ -203,22 +203,33 @@ class PatchLayout:
     def interpolate(self, map_BDHW: Tensor) -> Tensor:
         """Interpolate a map of ``to_map`` within merged patches: their cells approach those around them, while the mean
         of every patch stays the token's. Cells of base patches, and those without a token, stay as they are."""
-        factors = [size // self.patch_size for size in self.sizes]
-        factors = [factor for factor in factors if 1 < factor <= min(self.grid)]
-        if not any(self.sizes[factor * self.patch_size].numel() for factor in factors):
+        if not self._merged_factors:
             return map_BDHW
-        factor_BHW = (self.side_T // self.patch_size)[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 1)
-        factor_B1HW, has_token_B1HW = factor_BHW[:, None], (self.token_BHW >= 0)[:, None].to(map_BDHW.dtype)
+        has_token_B1HW = (self.token_BHW >= 0)[:, None].to(map_BDHW.dtype)
         share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)  # of a cell's 3 x 3 neighbours
         filled_BDHW = map_BDHW
-        for _ in range(max(factors) // 2):
+        for _ in range(max(self._merged_factors) // 2):
             near_BDHW = F.avg_pool2d(filled_BDHW, 3, 1, padding=1) / share_B1HW
-            for factor in factors:
-                means = F.avg_pool2d(near_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-                rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
-                kept_BDHW = near_BDHW - F.pad(means, (0, rest[1], 0, rest[0])) + map_BDHW
-                filled_BDHW = torch.where(factor_B1HW == factor, kept_BDHW, filled_BDHW)
+            filled_BDHW = self.add_detail(map_BDHW, near_BDHW)
         return filled_BDHW
+
+    def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor) -> Tensor:
+        """Add to the cells of every merged patch what a second map holds there, less its mean over the patch."""
+        factor_BHW = (self.side_T // self.patch_size)[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 1)
+        result_BDHW = map_BDHW
+        for factor in self._merged_factors:
+            means = F.avg_pool2d(detail_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+            rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
+            added_BDHW = detail_BDHW - F.pad(means, (0, rest[1], 0, rest[0])) + map_BDHW
+            result_BDHW = torch.where((factor_BHW == factor)[:, None], added_BDHW, result_BDHW)
+        return result_BDHW
+
+    @property
+    def _merged_factors(self) -> list[int]:
+        """Sides in cells that merged patches may have on this grid, whichever occur: results do not depend on the
+        batch."""
+        factors = [size // self.patch_size for size in self.sizes]
+        return [factor for factor in factors if 1 < factor <= min(self.grid)]
 
     def from_map(self, map_BDHW: Tensor) -> Tensor:
         """Read every token at its top-left cell: (B, D, H, W) -> (T, D); zeros for prefix tokens.

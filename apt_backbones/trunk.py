@@ -19,6 +19,7 @@ from .embed import AdaptivePatchEmbed
 from .fused import Hooked, is_hooked
 from .layout import PatchLayout, Segments, check_window
 from .learned import LearnedScorer
+from .map_detail import MapDetail
 from .rotary import ROPE_POSITIONS
 from .scores import check_images, check_scorer
 from .selection import (
@@ -32,7 +33,7 @@ from .selection import (
     undo_normalization,
 )
 
-MAP_FILLS = ("repeat", "interpolate")
+MAP_FILLS = ("repeat", "interpolate", "learned")
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -102,6 +103,7 @@ class AdaptiveTrunk(nn.Module):
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         map_fill: str = "repeat",
+        out_indices: Sequence[int] | None = None,
         attention_backend: str | None = None,
     ) -> None:
         """Settle how images become tokens, and add the new layers.
@@ -119,7 +121,9 @@ class AdaptiveTrunk(nn.Module):
             global_blocks: indices of the blocks that attend globally although there are windows.
             pixel_mean, pixel_std: normalization that the images underwent, in 0..255; undone before scoring.
             map_fill: what the cells of a merged patch hold in feature maps: "repeat", its token; or "interpolate",
-                values between those around it, with the token as their mean (``PatchLayout.interpolate``).
+                values between those around it, with the token as their mean (``PatchLayout.interpolate``); or
+                "learned", to which a new layer per entry of ``out_indices`` adds detail (``MapDetail``).
+            out_indices: blocks after which ``feature_maps`` returns maps; None for what the class has.
             attention_backend: see ``varlen_attention``; None chooses.
 
         Raises:
@@ -148,8 +152,13 @@ class AdaptiveTrunk(nn.Module):
         self.global_blocks = frozenset(check_indices("global_blocks", global_blocks, len(self.blocks)))
         self.pixel_mean, self.pixel_std = tuple(map(float, pixel_mean)), tuple(map(float, pixel_std))
         self.with_cp = False
+        out_indices = self.out_indices if out_indices is None else out_indices
+        self.out_indices = check_indices("out_indices", out_indices, len(self.blocks))
         # A dense network merges nothing, so it has no new layers: "resizing" has none.
         self.adaptive_embed = AdaptivePatchEmbed(self.embed_dim, merge if thresholds else "resizing")
+        self.map_detail = nn.ModuleDict()
+        if thresholds and map_fill == "learned":
+            self.map_detail.update({str(index): MapDetail(self.embed_dim) for index in self.out_indices})
         self.last_layout: PatchLayout | None = None
         self._compile_options: dict | None = None
         self._fused = [FusedBlock() for _ in self.blocks]
@@ -186,13 +195,18 @@ class AdaptiveTrunk(nn.Module):
         maps = {}
         for index, x_TD in self.run(images, until=max(indices)):
             if index in indices:
-                maps[index] = self.to_map(self.final_norm(x_TD) if norm else x_TD)
+                maps[index] = self.to_map(index, self.final_norm(x_TD) if norm else x_TD)
         return tuple(maps[index] for index in indices)
 
-    def to_map(self, x_TD: Tensor) -> Tensor:
-        """Tokens of the latest batch as a feature map (B, D, H, W), filled as ``map_fill`` says."""
+    def to_map(self, index: int, x_TD: Tensor) -> Tensor:
+        """The latest batch's tokens after a block as a feature map (B, D, H, W), filled as ``map_fill`` says."""
         map_BDHW = self.last_layout.to_map(x_TD)
-        return self.last_layout.interpolate(map_BDHW) if self.map_fill == "interpolate" else map_BDHW
+        if self.map_fill == "repeat":
+            return map_BDHW
+        map_BDHW = self.last_layout.interpolate(map_BDHW)
+        if str(index) not in self.map_detail:
+            return map_BDHW
+        return self.last_layout.add_detail(map_BDHW, self.map_detail[str(index)](map_BDHW))
 
     def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Run the network; after every block yield its index and its tokens (T, D), placed as ``last_layout`` says.

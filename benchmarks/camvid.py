@@ -53,20 +53,22 @@ class UperNet(nn.Module):
 
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
+        from mmengine.registry import DefaultScope
         from mmseg.models import UPerHead
         from mmseg.models.necks import Feature2Pyramid
 
         norm, each = dict(type="BN"), channels // 3
         self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.neck = Feature2Pyramid(each, norm_cfg=norm)
-        self.head = UPerHead(
-            in_channels=[each] * 4,
-            in_index=[0, 1, 2, 3],
-            channels=width,
-            num_classes=NUM_CLASSES,
-            norm_cfg=norm,
-            align_corners=False,
-        )
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            self.neck = Feature2Pyramid(each, norm_cfg=norm)
+            self.head = UPerHead(
+                in_channels=[each] * 4,
+                in_index=[0, 1, 2, 3],
+                channels=width,
+                num_classes=NUM_CLASSES,
+                norm_cfg=norm,
+                align_corners=False,
+            )
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         maps = self.norm(features_BCHW).chunk(3, 1)

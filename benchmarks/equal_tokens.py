@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.cli import run
 from apt_backbones.calibrate import score_maps_of
-from apt_backbones.distill import Views, merging_losses, save_tensors
+from apt_backbones.distill import Views, ViewSettings, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
+from apt_backbones.mm.feature_matching import finetune_features, save_new_layers
 from apt_backbones.scores import SCORERS
 
 from .camvid import (
@@ -53,6 +55,7 @@ BUDGETS = {
 OTHERS = (302, 390)  # budgets of the baselines
 SCORER_SEEDS = (0, 1, 2)
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
+DETAIL_STEPS = 400
 CHUNK = 32
 
 
@@ -110,6 +113,7 @@ def all_settings(head: str) -> list[Setting]:
         budgets, scorers, seeds = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",), (0,)
     dense = [Setting("dense", size) for size in sorted((*SMALLER, *BASES))]
     learned = [Setting("apt", size, "learned", b, seed) for size in BASES for b in budgets[size] for seed in seeds]
+    learned += [Setting("apt", size, "learned", b, fill="learned") for size in BASES for b in budgets[size][:3]]
     learned += [Setting("apt", BASES[0], "learned", budget, fill="repeat") for budget in OTHERS]
     pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in scorers for budget in OTHERS]
     others = [Setting(method, BASES[0], None, budget) for method in ("random", "tome") for budget in OTHERS]
@@ -201,6 +205,31 @@ class CamVidStudy(Study):
                 parts.append(sum(merging_losses(head(maps.float()).softmax(1), (2,))[0] for head in heads) / len(heads))
             save_tensors(file, {"losses": torch.cat(parts)})
         return load_file(file)["losses"]
+
+    def detail_file(self) -> Path:
+        """Trained without labels: with merging the linear heads say what they say of the dense maps."""
+        file = self.work_dir / "detail.safetensors"
+        if not file.is_file():
+            heads = self.heads(HEADS["linear"].kept, "linear")
+            self.forget()
+
+            def outputs(pixels: Tensor) -> Tensor:
+                with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                    maps = self.vit.feature_maps(self.normalized(pixels), norm=True)
+                return sum(head(torch.cat(maps, 1).float()).softmax(1) for head in heads) / len(heads)
+
+            def prepare(image: Image.Image) -> Image.Image:
+                return image.resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
+
+            with self.as_set(Setting("apt", BASES[0], "learned", OTHERS[0])):
+                self.vit.map_fill = "learned"
+                views = ViewSettings(BASES[0], scales=(0.55, 1.1))
+                files, work_dir = self.paths["train"], self.work_dir / "detail"
+                finetune_features(
+                    self.vit, outputs, files, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
+                )
+            save_new_layers(self.vit, file)
+        return file
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == TRUE and TRUE not in SCORERS:
@@ -323,7 +352,7 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
             line for line in tested if line["method"] == "dense" and line["head"] == line["image"]
         ],
     }
-    for title, fill in (("", "interpolate"), (", tokens repeated", "repeat")):
+    for title, fill in (("", "interpolate"), (", learned maps", "learned"), (", tokens repeated", "repeat")):
         for image in images:
             lines = [line for line in read if (line["scorer"], line["fill"], line["image"]) == ("learned", fill, image)]
             curves |= {f"learned scorer{title}, image of {image}": lines} if lines else {}
@@ -374,7 +403,7 @@ def main() -> None:
     # On the val split only what is chosen on it, and what it is compared with.
     chosen = []
     if args.head == "linear":
-        chosen = [s for s in settings if s.method == "dense" or s.scorer in ("learned", TRUE)]
+        chosen = [s for s in settings if s.method == "dense" or (s.scorer in ("learned", TRUE) and s.seed == 0)]
         chosen += [Setting("apt", BASES[0], scorer, OTHERS[0]) for scorer in (*SCORERS, *args.also)]
     quality = {
         (split, s): study.quality(s, split) for split, part in (("val", chosen), ("test", settings)) for s in part

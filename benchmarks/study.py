@@ -27,6 +27,7 @@ from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, train_scorer
 from apt_backbones.files import write_atomically
+from apt_backbones.mm.feature_matching import load_new_layers
 from apt_backbones.selection import normalize
 from tools.machine import processor
 
@@ -62,7 +63,7 @@ class Setting(NamedTuple):
     def name(self) -> str:
         scorer = self.scorer and Path(self.scorer).stem
         parts = [self.method, *self.image, scorer, self.budget, f"seed{self.seed}" if self.seed else None]
-        parts.append("repeat" if self.fill == "repeat" else None)
+        parts.append(None if self.fill == "interpolate" else f"fill_{self.fill}")
         return "_".join(str(part) for part in parts if part is not None)
 
     @property
@@ -100,7 +101,8 @@ class Study:
 
     def build(self) -> nn.Module:
         """The frozen network, adaptive, with nothing merged yet."""
-        vit = adapt(pretrained(self.weights), {MERGED: 0.0}, merge="resizing")
+        layers = dict(map_fill="learned", out_indices=self.blocks)
+        vit = adapt(pretrained(self.weights), {MERGED: 0.0}, merge="resizing", **layers)
         vit.thresholds = {}
         return vit
 
@@ -131,6 +133,10 @@ class Study:
             scorer.origin = {"model": MODEL, "epoch": best.epoch}
             scorer.save(file)
         return file
+
+    def detail_file(self) -> Path:
+        """The new layers of maps that are filled as "learned", trained on the train split."""
+        raise NotImplementedError
 
     def kept(self, name: str, function: Callable[[], object]):
         """The result of a step, from an earlier run if there is one."""
@@ -188,6 +194,8 @@ class Study:
             self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
             self.vit.merge = "random" if setting.method == "random" else "resizing"
             self.vit.map_fill = setting.fill
+        if setting.fill == "learned":
+            load_new_layers(self.vit, self.detail_file())
         yield
         self.vit.thresholds, self.vit.merge = {}, "resizing"
 

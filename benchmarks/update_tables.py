@@ -28,6 +28,7 @@ DOCUMENTS = (
     "llava_apt/README.md",
     "docs/learned_scorer.md",
 )
+FILLS = {"repeat": ", tokens repeated", "learned": ", learned maps"}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
@@ -123,7 +124,7 @@ def equal_tokens(name: str) -> str:
     for point in dict.fromkeys(map(point_of, tested)):
         method, scorer, fill, image, _ = point
         lines = [line for line in tested if point_of(line) == point]
-        label = {"apt": f"merging, {scorer}{', repeated' * (fill == 'repeat')}", "tome": "ToMe"}.get(method, method)
+        label = {"apt": f"merging, {scorer}{FILLS.get(fill, '')}", "tome": "ToMe"}.get(method, method)
         row = [label, image.replace("x", " x "), f"{statistics.mean(line['tokens'] for line in lines):.0f}"]
         for metric in metrics:
             row.append(f"{statistics.mean(line[metric] for line in lines):.2f}")

@@ -290,7 +290,7 @@ def main() -> None:
     if not 0.25 <= args.keep <= 1:
         raise ValueError(f"--keep {args.keep:g}: patches of twice the side keep from 0.25 to all (1) of the tokens")
     paths = (find_images(args.images) if args.images else photographs())[: args.limit]
-    frozen = frozen_model(args.model, args.weights, None, "resizing", args.resize)
+    frozen = frozen_model(args.model, args.weights, None, args.resize)
     scorer = str(distilled(args, paths))
     images = [in_whole_patches(frozen.settings.prepare(read_rgb(path)), frozen.settings.patch_size) for path in paths]
     sizes = tuple(frozen.settings.thresholds)

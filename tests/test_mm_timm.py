@@ -63,6 +63,18 @@ def test_weights_of_another_network_are_refused(tmp_path):
         backbone(checkpoint=str(tmp_path / "weights.safetensors"))
 
 
+def test_learned_maps_start_from_a_dense_checkpoint(tmp_path):
+    """One new layer per map; only these train."""
+    save_file(timm.create_model(SMALL["model"], num_classes=0).state_dict(), tmp_path / "weights.safetensors")
+    options = dict(checkpoint=str(tmp_path / "weights.safetensors"), thresholds={32: 5.0}, merge="resizing")
+    learned, interpolated = (backbone(map_fill=fill, **options) for fill in ("learned", "interpolate"))
+    for ours, start in zip(learned(images()), interpolated(images())):
+        torch.testing.assert_close(ours, start)
+    freeze_host(learned)
+    trained = {name.split(".out.")[0] for name, p in learned.named_parameters() if p.requires_grad and ".out." in name}
+    assert trained == {"trunk.map_detail.5", "trunk.map_detail.11"}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("keep_prefix", [True, False])
 def test_windows_with_and_without_prefix_tokens(keep_prefix):

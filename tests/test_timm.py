@@ -1,11 +1,13 @@
 """Every timm family that ``adapt`` takes: timm itself when nothing merges, and consistent when patches merge."""
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from apt_backbones import adapt
+from apt_backbones import adapt, freeze_host
 from tests.golden import relative_error
 
 FAMILIES = [
@@ -105,6 +107,45 @@ def test_maps_are_interpolated_within_merged_patches_if_wanted():
     assert torch.equal(model.forward_features(images), tokens), "tokens are repeated; pooling counts them by their area"
     with pytest.raises(ValueError, match="unknown map_fill 'nearest'; choose one of repeat, interpolate"):
         adapt(model, thresholds_of(model, 3.0), map_fill="nearest")
+
+
+def test_learned_maps_start_interpolated_and_change_merged_patches_only():
+    model = build("vit_small_patch14_dinov2")
+    images = torch.cat([pictures(model, 1, 9, 12), torch.zeros_like(pictures(model, 1, 9, 12))])
+    options = dict(merge="resizing", out_indices=(0, -1))
+    adapt(model, thresholds_of(model, 3.0, 3.0), map_fill="interpolate", **options)
+    interpolated = model.feature_maps(images)
+    adapt(model, thresholds_of(model, 3.0, 3.0), map_fill="learned", **options)
+    assert list(model.map_detail) == ["0", "1"]
+    for learned, expected in zip(model.feature_maps(images), interpolated):
+        torch.testing.assert_close(learned, expected)
+    freeze_host(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"map_detail.{name}" for name, _ in model.map_detail.named_parameters()
+    }
+    for layer in model.map_detail.values():
+        nn.init.normal_(layer.out.weight)
+    learned, layout = model.feature_maps(images), model.last_layout
+    learned[0].square().sum().backward()
+    assert model.map_detail["0"].down.weight.grad.any() and model.map_detail["1"].down.weight.grad is None
+    for of_map, before in zip(learned, interpolated):
+        change = (of_map - before).detach().permute(0, 2, 3, 1)
+        merged = layout.side_T[layout.token_BHW] > model.patch_size
+        assert change[merged].abs().amax(1).min() > 0 and not change[~merged].any()
+        patches = change[:, :8, :12].unflatten(1, (-1, 4)).unflatten(3, (-1, 4)).mean((2, 4))
+        assert patches.abs().max() < 1e-4 * change.abs().max(), "each patch keeps its mean"
+    weights = model.map_detail["0"].out.weight.clone()
+    model.thresholds = thresholds_of(model, 0.0, 0.0)
+    dense = timm_maps(model, images)
+    for learned, expected in zip(model.feature_maps(images), dense):
+        assert relative_error(learned, expected) <= 1e-5, "where nothing merges"
+    adapt(model, thresholds_of(model, 2.0), map_fill="learned", **options)
+    assert torch.equal(model.map_detail["0"].out.weight, weights), "layers outlive other settings"
+
+
+def timm_maps(model, images):
+    original = adapt(deepcopy(model), None)
+    return original.forward_intermediates(images, [0, 1], intermediates_only=True)
 
 
 def test_thresholds_none_gives_timms_own_model_back():

@@ -86,7 +86,7 @@ def main() -> None:
     add("--sample", type=int, default=1000, metavar="N", help="use at most so many images (default: 1000)")
     add("--work-dir", type=Path, help="for what is kept of an unfinished run (default: beside --out)")
     args = parser.parse_args()
-    frozen = frozen_model(args.model, args.weights, args.sizes, "resizing", args.resize)
+    frozen = frozen_model(args.model, args.weights, args.sizes, args.resize)
     target = frozen.target(args.target)
     paths, chance = find_images(args.images), random.Random(args.seed)
     if len(paths) < 2:

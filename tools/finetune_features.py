@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a model's new layers (ConvDown, ZeroMLP) on your own images, without labels.
+"""Train a model's new layers on your own images, without labels.
 
 examples:
   python tools/finetune_features.py det_configs/eva02_tiny_apt_photoshapes.py \\
@@ -8,8 +8,10 @@ examples:
   python tools/finetune_features.py vit_small_patch14_dinov2 --weights dinov2_s14.safetensors --images photos/ \\
       --resize 518 --scorer scorer.safetensors --keep 0.6 --out new_layers.safetensors
 
-With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. The
-file holds the new layers only. An interrupted run resumes. Runs without a GPU.
+With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. A
+configuration says which new layers it has; for a timm model --train does: ConvDown and ZeroMLP ("embedding"), the
+detail of feature maps within merged patches ("maps", map_fill="learned"), or both. The file holds the new layers only.
+An interrupted run resumes. Runs without a GPU.
 """
 
 from pathlib import Path
@@ -25,6 +27,7 @@ from tools import steps
 from tools.frozen_model import add_model_arguments, frozen_model
 
 CALIBRATED_ON = 200
+LAYERS = ("embedding", "maps")
 
 
 def plot(path: Path, curve: list[float], what: str) -> None:
@@ -51,6 +54,7 @@ def main() -> None:
     add = parser.add_argument
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")
+    add("--train", nargs="+", choices=LAYERS, help="new layers of a timm model (default: embedding)")
     add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
@@ -59,7 +63,11 @@ def main() -> None:
     from apt_backbones.mm.feature_matching import finetune_features, save_new_layers
 
     torch.manual_seed(args.seed)
-    frozen = frozen_model(args.model, args.weights, args.sizes, "apt", args.resize)
+    if args.train and args.model.endswith(".py"):
+        raise ValueError("a configuration names its new layers itself (merge, map_fill); leave out --train")
+    train = args.train or ["embedding"]
+    layers = ("apt" if "embedding" in train else "resizing", "learned" if "maps" in train else "repeat")
+    frozen = frozen_model(args.model, args.weights, args.sizes, args.resize, *layers)
     target, trunk, prepare = frozen.target(args.target), frozen.trunk, frozen.settings.prepare
     paths = find_images(args.images)
     trunk.scorer = args.scorer or trunk.scorer
@@ -85,6 +93,7 @@ def main() -> None:
         args.weights,
         args.scorer,
         trunk.thresholds,
+        train,
         target,
         views,
         args.iterations,

@@ -90,7 +90,12 @@ class Frozen(NamedTuple):
 
 
 def frozen_model(
-    name: str, weights: str | None, sizes: Sequence[int] | None, merge: str, longest: int | None = None
+    name: str,
+    weights: str | None,
+    sizes: Sequence[int] | None,
+    longest: int | None = None,
+    merge: str = "resizing",
+    map_fill: str = "repeat",
 ) -> Frozen:
     """The model of a configuration file, or timm's of a name.
 
@@ -98,8 +103,8 @@ def frozen_model(
         name: of the file, or of the model.
         weights: of the model; None downloads timm's.
         sizes: merged patch sizes, for timm's models.
-        merge: see ``AdaptiveTrunk.set_up``, for timm's models.
         longest: longer side in pixels that it sees images with, instead of its own.
+        merge, map_fill: see ``AdaptiveTrunk.set_up``, for timm's models.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or what is given does not go with it.
@@ -111,7 +116,7 @@ def frozen_model(
             raise ValueError("a configuration has its own sizes; leave out --sizes")
         frozen = _of_config(name, weights)
     else:
-        frozen = _of_timm(name, weights, sizes, merge)
+        frozen = _of_timm(name, weights, sizes, merge=merge, map_fill=map_fill)
     if longest:
         settings = PatchSettings(**{**vars(frozen.settings), "prepare": with_longest_side(longest)})
         frozen = frozen._replace(settings=settings)
@@ -138,7 +143,7 @@ def _of_config(config: str, weights: str) -> Frozen:
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)
 
 
-def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, merge: str) -> Frozen:
+def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, **options) -> Frozen:
     """Its features are the maps after half, three quarters and all of the blocks."""
     import timm
 
@@ -151,14 +156,14 @@ def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, merge:
     patch_size = vit.patch_embed.patch_size[0]
     sizes = check_sizes(sorted(sizes or [2 * patch_size]))
     longest = max(vit.patch_embed.img_size)
-    trunk = adapt(vit, dict.fromkeys(sizes, 0.0), merge=merge).eval()
+    depth = len(vit.blocks)
+    options["out_indices"] = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
+    trunk = adapt(vit, dict.fromkeys(sizes, 0.0), **options).eval()
     if weights is not None:
         load_timm(trunk, read_checkpoint(weights))
-    depth = len(trunk.blocks)
-    indices = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
 
     def features(images: Tensor) -> Tensor:
-        return torch.cat(trunk.feature_maps(images, indices, norm=True), 1)
+        return torch.cat(trunk.feature_maps(images, norm=True), 1)
 
     settings = PatchSettings(patch_size, dict(trunk.thresholds), "entropy", with_longest_side(longest))
     return Frozen(trunk, trunk, settings, features, None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layout import PatchLayout
 from ..resample import resample_positions
 from ..rotary import rotary_table
-from ..trunk import AdaptiveTrunk, check_indices
+from ..trunk import AdaptiveTrunk
 
 PRETRAIN_ROPE_LENGTH = 16  # side of the grid that all EVA-02 models were pretrained on
 
@@ -61,7 +61,6 @@ class APTEva02(AdaptiveTrunk):
         if embed_dim % num_heads or embed_dim // num_heads % 4:
             raise ValueError(f"embed_dim {embed_dim} / num_heads {num_heads} must be a multiple of 4")
         self.patch_size, self.embed_dim, self.num_heads = patch_size, embed_dim, num_heads
-        self.out_indices = check_indices("out_indices", out_indices, depth)
         self.train_grid = img_size // patch_size
         self.position_grid = (pretrain_img_size // patch_size,) * 2
         self.num_prefix = int(use_cls_token)
@@ -83,7 +82,7 @@ class APTEva02(AdaptiveTrunk):
             )
             for block in range(depth)
         )
-        self.set_up(thresholds, scorer, merge, **options)
+        self.set_up(thresholds, scorer, merge, out_indices=out_indices, **options)
         self.with_cp = with_cp
         self._init_weights()
 

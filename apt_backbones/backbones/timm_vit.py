@@ -144,7 +144,7 @@ class AdaptiveTimm(AdaptiveTrunk):
         for index, x_TD in self.run(x, until=last if intermediates_only or stop_early else None):
             if index in taken:
                 kept_TD = self.final_norm(x_TD) if norm else x_TD
-                map_BDHW = self.to_map(kept_TD)
+                map_BDHW = self.to_map(index, kept_TD)
                 maps.append(map_BDHW.contiguous() if output_fmt == "NCHW" else map_BDHW.flatten(2).transpose(1, 2))
                 prefixes.append(self.last_layout.prefix(kept_TD))
         with_prefix = return_prefix_tokens and self.num_prefix > 0
@@ -202,7 +202,7 @@ def adapt(
     original = next((kind for kind, adapted in _ADAPTED.items() if type(model) in (kind, adapted)), None)
     if original is None:
         raise TypeError(_why_not(model))
-    old_embed = _restore(model, original)
+    old_layers = _restore(model, original)
     if not thresholds and not options and keep_prefix:
         return model
     _check_fits(model)
@@ -222,9 +222,11 @@ def adapt(
         _restore(model, original)
         raise
     weight = model.patch_embed.proj.weight
-    model.adaptive_embed.to(weight.device, weight.dtype)
-    if old_embed is not None and old_embed.state_dict().keys() == model.adaptive_embed.state_dict().keys():
-        model.adaptive_embed.load_state_dict(old_embed.state_dict())
+    for name in _LAYERS:
+        layers = getattr(model, name).to(weight.device, weight.dtype)
+        old = old_layers[name]
+        if old is not None and old.state_dict().keys() == layers.state_dict().keys():
+            layers.load_state_dict(old.state_dict())
     return model
 
 
@@ -253,20 +255,23 @@ def load_timm(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "norm.", "mask_token")
 
-# What ``adapt`` and ``AdaptiveTrunk.set_up`` leave in an instance beside ``adaptive_embed``.
+# What ``adapt`` and ``AdaptiveTrunk.set_up`` leave in an instance: settings and new layers.
 _SETTINGS = (
     *("patch_size", "keep_prefix", "num_prefix", "thresholds", "scorer", "merge", "padding", "rope_position"),
     *("map_fill", "attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std", "last_layout"),
-    *("_compile_options", "_fused"),
+    *("out_indices", "_compile_options", "_fused"),
 )
 
 
-def _restore(model: nn.Module, original: type) -> nn.Module | None:
+_LAYERS = ("adaptive_embed", "map_detail")
+
+
+def _restore(model: nn.Module, original: type) -> dict[str, nn.Module | None]:
     """Make a model timm's own again; returns the new layers that it had."""
     for name in _SETTINGS:
         model.__dict__.pop(name, None)
     model.__class__ = original
-    return model._modules.pop("adaptive_embed", None)
+    return {name: model._modules.pop(name, None) for name in _LAYERS}
 
 
 def _why_not(model: nn.Module) -> str:

@@ -12,7 +12,6 @@ from ..backbones import eva02
 from ..backbones.timm_vit import adapt, load_timm
 from ..checkpoint import load_pretrained, read_checkpoint
 from ..freeze import freeze
-from ..trunk import check_indices
 
 
 class SafeBackbone:
@@ -117,9 +116,8 @@ class APTTimm(SafeBackbone, BaseModule):
         trunk = timm.create_model(model, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path_rate, **size)
         # Without an option it would stay timm's own model where nothing merges.
         options.setdefault("padding", "coarsest")
-        self.trunk = adapt(trunk, thresholds, scorer, merge, keep_prefix, **options)
+        self.trunk = adapt(trunk, thresholds, scorer, merge, keep_prefix, out_indices=out_indices, **options)
         self.trunk.with_cp = with_cp
-        self.trunk.out_indices = check_indices("out_indices", out_indices, len(self.trunk.blocks))
         if frozen:
             freeze(self.trunk)
         self.norm = norm

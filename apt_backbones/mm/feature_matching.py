@@ -1,4 +1,4 @@
-"""A fine-tune without labels: ConvDown and ZeroMLP learn that merged patches give what the dense network gives.
+"""A fine-tune without labels: the new layers learn that merged patches give what the dense network gives.
 
 Legend: B images, C channels, H x W base cells.
 """
