@@ -49,7 +49,8 @@ class Setting(NamedTuple):
         scorer: of "apt".
         budget: tokens that it is calibrated to.
         seed: of the learned scorer's distilling.
-        fill: of the maps of "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``.
+        fill: of the maps of "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``; or "dense", what the network says in
+            the merged cells without merging: the ceiling of all ways to fill them.
     """
 
     method: str
@@ -168,8 +169,12 @@ class Study:
         if setting.method == "tome":
             maps, count = self.tome_maps(setting, pixels, self.dtype)
             return maps, count * len(maps)
-        maps = self.maps(pixels)
-        return maps, self.vit.last_layout.num_tokens - len(maps)  # without CLS
+        maps, layout = self.maps(pixels), self.vit.last_layout
+        if setting.fill == "dense":
+            thresholds, self.vit.thresholds = self.vit.thresholds, {}
+            maps = torch.where(layout.to_map(layout.side_T[:, None]) > PATCH, self.maps(pixels), maps)
+            self.vit.thresholds = thresholds
+        return maps, layout.num_tokens - len(maps)  # without CLS
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == "learned":
@@ -193,7 +198,7 @@ class Study:
         if setting.method in ("apt", "random"):
             self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
             self.vit.merge = "random" if setting.method == "random" else "resizing"
-            self.vit.map_fill = setting.fill
+            self.vit.map_fill = "repeat" if setting.fill == "dense" else setting.fill
         if setting.fill == "learned":
             load_new_layers(self.vit, self.detail_file())
         yield

@@ -28,7 +28,7 @@ DOCUMENTS = (
     "llava_apt/README.md",
     "docs/learned_scorer.md",
 )
-FILLS = {"repeat": ", tokens repeated", "learned": ", learned maps"}
+FILLS = {"repeat": ", tokens repeated", "learned": ", learned maps", "dense": ", dense maps"}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without

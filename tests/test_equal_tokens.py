@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from apt_backbones.learned import load_scorer
-from benchmarks import equal_tokens, tome
+from apt_backbones.mm.feature_matching import save_new_layers
+from benchmarks import equal_tokens, study, tome
 from benchmarks.camvid import (
     NUM_CLASSES,
     VOID,
@@ -90,7 +92,7 @@ def test_camvid_is_read_from_its_lists(tmp_path):
 def test_every_setting_has_a_name_and_lines():
     settings = equal_tokens.all_settings("linear")
     assert len({setting.name for setting in settings}) == len(settings)
-    assert sum(setting.scorer == "learned" for setting in settings) == 3 * 15 + 9 + 2
+    assert sum(setting.scorer == "learned" for setting in settings) == 3 * 5 + 2 * 5 + 9 + 4
     (line,) = equal_tokens.lines_of(settings[-1], "test", {"tokens": 302.04, "mIoU": {"280x364": [41.234]}}, 3.14)
     assert line["tokens"] == 302 and line["mIoU"] == 41.23 and line["seed"] == 0 and line["ms"] == 3.1
 
@@ -107,6 +109,35 @@ def test_gains_are_over_dense_images_of_as_many_tokens():
     apt += [{**line, "budget": 150, "tokens": 175, "scorer_seed": 1, "seed": k, "mIoU": 42.0 + 4 * k} for k in (0, 1)]
     first, _ = equal_tokens.gains(dense + own + apt, "large")
     assert (first["tokens"], first["mIoU"], first["kept"]) == (162.5, 43.5, 1.0) and first["spread"] == 0.0
+
+
+def test_maps_of_merged_patches_are_filled_as_a_setting_says(tmp_path, monkeypatch):
+    """Repeated, interpolated, with learned detail, or with what the dense network says there."""
+    torch.manual_seed(0)
+    small = dict(depth=2, embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
+    network = timm.create_model("vit_small_patch14_dinov2", **small).eval()
+    monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
+    of_small = study.Study(None, tmp_path, torch.float32, (0, 1))
+    monkeypatch.setattr(of_small, "threshold", lambda setting: 0.5)
+    monkeypatch.setattr(of_small, "detail_file", lambda: tmp_path / "detail.safetensors")
+    torch.nn.init.normal_(of_small.vit.map_detail["1"].out.weight)
+    save_new_layers(of_small.vit, tmp_path / "detail.safetensors")
+    torch.nn.init.zeros_(of_small.vit.map_detail["1"].out.weight)
+    pixels = torch.randint(0, 255, (1, 3, 56, 84), dtype=torch.uint8)
+    pixels[..., :42] = 0
+    maps = {"dense network": of_small.maps(pixels)}
+    for fill in ("repeat", "interpolate", "learned", "dense"):
+        setting = study.Setting("apt", (56, 84), "entropy", 18, fill=fill)
+        with of_small.as_set(setting):
+            maps[fill], tokens = of_small.maps_of(setting, pixels)
+    assert tokens == 18
+    merged = torch.zeros(4, 6, dtype=torch.bool)
+    merged[:, :2] = True
+    assert torch.equal(maps["dense"][..., merged], maps["dense network"][..., merged])
+    assert torch.equal(maps["dense"][..., ~merged], maps["repeat"][..., ~merged])
+    for fill, plainer in (("interpolate", "repeat"), ("learned", "interpolate")):
+        assert torch.equal(maps[fill][..., ~merged], maps["repeat"][..., ~merged])
+        assert not torch.equal(maps[fill][..., merged], maps[plainer][..., merged])
 
 
 def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
