@@ -109,9 +109,10 @@ HEADS = {
 
 def all_settings(head: str) -> list[Setting]:
     """Of the linear head; of the slower one fewer budgets and scorers."""
-    budgets, scorers, seeds = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS
+    budgets, scorers, seeds, fills = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS, ("repeat", "dense")
     if head != "linear":
-        budgets, scorers, seeds = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",), SCORER_SEEDS[:1]
+        budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
+        seeds, fills = SCORER_SEEDS[:1], ("repeat",)
     dense = [Setting("dense", size) for size in sorted((*SMALLER, *BASES))]
     learned = [
         Setting("apt", size, "learned", budget, seed)
@@ -120,7 +121,7 @@ def all_settings(head: str) -> list[Setting]:
         for seed in (seeds if size == BASES[0] else seeds[:1])
     ]
     learned += [Setting("apt", size, "learned", b, fill="learned") for size in BASES for b in budgets[size][:3]]
-    learned += [Setting("apt", BASES[0], "learned", b, fill=fill) for fill in ("repeat", "dense") for b in OTHERS]
+    learned += [Setting("apt", BASES[0], "learned", b, fill=fill) for fill in fills for b in OTHERS]
     pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in scorers for budget in OTHERS]
     others = [Setting(method, BASES[0], None, budget) for method in ("random", "tome") for budget in OTHERS]
     return dense + learned + pixel + others

@@ -297,7 +297,7 @@ def main() -> None:
     maps = [score_maps_of(to_tensor(image), sizes, scorer) for image in track(images, "scores")]
     thresholds = calibrate_thresholds(maps, frozen.settings.patch_size, args.keep)
     dense = adapt(copy.deepcopy(frozen.trunk), None)
-    adapt(frozen.trunk, thresholds, scorer, "resizing")
+    adapt(frozen.trunk, thresholds, scorer, "resizing", map_fill="interpolate")
     with announced(f"{len(images)} images through {len(METHODS)} methods"):
         all_seen = [look(frozen, dense, image) for image in track(images, "images")]
     command = shlex.join(["examples/demo_vit.py", *sys.argv[1:]])

@@ -4,11 +4,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from apt_backbones import adapt
 from apt_backbones.distill import ViewSettings
 from apt_backbones.freeze import is_new
 from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features, load_new_layers, save_new_layers
+from tests.scripts import run_script
 
 
 @pytest.fixture
@@ -105,3 +107,31 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     wider = adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), {32: 5.0})
     with pytest.raises(ValueError, match="new layers"):
         load_new_layers(wider, tmp_path / "new.safetensors")
+
+
+def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch):
+    weights = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    images = [
+        "--images",
+        tmp_path,
+        "--weights",
+        tmp_path / "weights.safetensors",
+        "--out",
+        tmp_path / "new.safetensors",
+    ]
+    short = ["--keep", 0.6, "--iterations", 2, "--batch", 1, "--view", 32, "--device", "cpu"]
+    run_script(
+        monkeypatch,
+        "tools/finetune_features.py",
+        "vit_tiny_patch16_224",
+        *images,
+        *short,
+        "--train",
+        "maps",
+        "embedding",
+    )
+    layers = {name.rsplit(".", 1)[0] for name in load_file(tmp_path / "new.safetensors")}
+    assert {"adaptive_embed.conv_down", "map_detail.5.out", "map_detail.8.out", "map_detail.11.out"} <= layers
+    with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
+        run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")

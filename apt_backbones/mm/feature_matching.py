@@ -124,7 +124,12 @@ def finetune_features(
 
     Returns:
         The curve: name -> value of every iteration ("distance", "kept").
+
+    Raises:
+        ValueError: as ``FeatureMatching``; or fewer than 2 iterations.
     """
+    if iterations < 2:
+        raise ValueError(f"at least 2 iterations are needed, not {iterations}")
     dataset = RandomViews(paths, views, iterations * batch, prepare)
     warm_up = max(1, iterations // 10)
     runner = APTRunner(
