@@ -204,7 +204,7 @@ class AdaptiveTrunk(nn.Module):
         if self.map_fill == "repeat":
             return map_BDHW
         map_BDHW = self.last_layout.interpolate(map_BDHW)
-        if str(index) not in self.map_detail:
+        if self.map_fill != "learned" or str(index) not in self.map_detail:
             return map_BDHW
         return self.last_layout.add_detail(map_BDHW, self.map_detail[str(index)](map_BDHW))
 

@@ -126,7 +126,7 @@ def test_maps_of_merged_patches_are_filled_as_a_setting_says(tmp_path, monkeypat
     pixels = torch.randint(0, 255, (1, 3, 56, 84), dtype=torch.uint8)
     pixels[..., :42] = 0
     maps = {"dense network": of_small.maps(pixels)}
-    for fill in ("repeat", "interpolate", "learned", "dense"):
+    for fill in ("repeat", "learned", "interpolate", "dense"):
         setting = study.Setting("apt", (56, 84), "entropy", 18, fill=fill)
         with of_small.as_set(setting):
             maps[fill], tokens = of_small.maps_of(setting, pixels)

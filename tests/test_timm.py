@@ -134,7 +134,9 @@ def test_learned_maps_start_interpolated_and_change_merged_patches_only():
         assert change[merged].abs().amax(1).min() > 0 and not change[~merged].any()
         patches = change[:, :8, :12].unflatten(1, (-1, 4)).unflatten(3, (-1, 4)).mean((2, 4))
         assert patches.abs().max() < 1e-4 * change.abs().max(), "each patch keeps its mean"
-    weights = model.map_detail["0"].out.weight.clone()
+    model.map_fill = "interpolate"
+    assert all(torch.equal(now, before) for now, before in zip(model.feature_maps(images), interpolated))
+    model.map_fill, weights = "learned", model.map_detail["0"].out.weight.clone()
     model.thresholds = thresholds_of(model, 0.0, 0.0)
     dense = timm_maps(model, images)
     for learned, expected in zip(model.feature_maps(images), dense):
