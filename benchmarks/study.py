@@ -194,13 +194,13 @@ class Study:
     @contextmanager
     def as_set(self, setting: Setting) -> Iterator[None]:
         """The network with a setting's patches."""
+        if setting.fill == "learned":
+            load_new_layers(self.vit, self.detail_file())  # first: training them sets other patches
         self.vit.thresholds, self.vit.merge = {}, "resizing"
         if setting.method in ("apt", "random"):
             self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
             self.vit.merge = "random" if setting.method == "random" else "resizing"
             self.vit.map_fill = "repeat" if setting.fill == "dense" else setting.fill
-        if setting.fill == "learned":
-            load_new_layers(self.vit, self.detail_file())
         yield
         self.vit.thresholds, self.vit.merge = {}, "resizing"
 

@@ -119,7 +119,12 @@ def test_maps_of_merged_patches_are_filled_as_a_setting_says(tmp_path, monkeypat
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
     of_small = study.Study(None, tmp_path, torch.float32, (0, 1))
     monkeypatch.setattr(of_small, "threshold", lambda setting: 0.5)
-    monkeypatch.setattr(of_small, "detail_file", lambda: tmp_path / "detail.safetensors")
+
+    def detail_file():
+        with of_small.as_set(study.Setting("apt", (56, 84), "entropy", 18)):  # as if it were trained now
+            return tmp_path / "detail.safetensors"
+
+    monkeypatch.setattr(of_small, "detail_file", detail_file)
     torch.nn.init.normal_(of_small.vit.map_detail["1"].out.weight)
     save_new_layers(of_small.vit, tmp_path / "detail.safetensors")
     torch.nn.init.zeros_(of_small.vit.map_detail["1"].out.weight)
