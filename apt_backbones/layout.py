@@ -215,14 +215,19 @@ class PatchLayout:
 
     def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor) -> Tensor:
         """Add to the cells of every merged patch what a second map holds there, less its mean over the patch."""
-        factor_BHW = (self.side_T // self.patch_size)[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 1)
         result_BDHW = map_BDHW
         for factor in self._merged_factors:
             means = F.avg_pool2d(detail_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
             rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
             added_BDHW = detail_BDHW - F.pad(means, (0, rest[1], 0, rest[0])) + map_BDHW
-            result_BDHW = torch.where((factor_BHW == factor)[:, None], added_BDHW, result_BDHW)
+            result_BDHW = torch.where(self._factor_B1HW == factor, added_BDHW, result_BDHW)
         return result_BDHW
+
+    @cached_property
+    def _factor_B1HW(self) -> Tensor:
+        """Side in cells of the patch over each cell; 1 where there is none."""
+        factor_T = self.side_T // self.patch_size
+        return factor_T[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 1)[:, None]
 
     @property
     def _merged_factors(self) -> list[int]:

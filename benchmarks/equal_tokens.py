@@ -27,7 +27,7 @@ from tools.cli import run
 from apt_backbones.calibrate import score_maps_of
 from apt_backbones.distill import Views, ViewSettings, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
-from apt_backbones.mm.feature_matching import finetune_features, save_new_layers
+from apt_backbones.new_layers import save_new_layers
 from apt_backbones.scores import SCORERS
 
 from .camvid import (
@@ -217,6 +217,8 @@ class CamVidStudy(Study):
         """Trained without labels: with merging the linear heads say what they say of the dense maps."""
         file = self.work_dir / "detail.safetensors"
         if not file.is_file():
+            from apt_backbones.mm.feature_matching import finetune_features
+
             heads = self.heads(HEADS["linear"].kept, "linear")
             self.forget()
 

@@ -27,7 +27,7 @@ from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, train_scorer
 from apt_backbones.files import write_atomically
-from apt_backbones.mm.feature_matching import load_new_layers
+from apt_backbones.new_layers import load_new_layers
 from apt_backbones.selection import normalize
 from tools.machine import processor
 

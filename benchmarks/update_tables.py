@@ -13,10 +13,10 @@ import json
 import re
 import statistics
 import sys
-from operator import itemgetter
 from pathlib import Path
 
 from tools.cli import parser_of, run
+from benchmarks.study import point_of
 from examples.report import AFTER, DENSE, markdown_of
 from tools.results import markdown, read_table
 
@@ -117,7 +117,7 @@ def equal_tokens(name: str) -> str:
     seeds or, for boxes, over samples of the images."""
     measured = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text())
     metrics = ("mAP", "small", "large", "person") if name == "coco" else ("mIoU",)
-    head, point_of = measured.get("kept_head"), itemgetter("method", "scorer", "fill", "image", "budget")
+    head = measured.get("kept_head")
     tested = [line for line in measured["results"] if line["split"] == "test" and line.get("head") == head]
     gained = {point_of(line): line for line in measured["gains"]}
     rows = []

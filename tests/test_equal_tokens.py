@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from apt_backbones.learned import load_scorer
-from apt_backbones.mm.feature_matching import save_new_layers
+from apt_backbones.new_layers import save_new_layers
 from benchmarks import equal_tokens, study, tome
 from benchmarks.camvid import (
     NUM_CLASSES,

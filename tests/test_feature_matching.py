@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from apt_backbones import adapt
 from apt_backbones.distill import ViewSettings
 from apt_backbones.freeze import is_new
-from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features, load_new_layers, save_new_layers
+from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features
+from apt_backbones.new_layers import load_new_layers, save_new_layers
 from tests.scripts import run_script
 
 

@@ -23,6 +23,7 @@ from tools.cli import parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
+from apt_backbones.new_layers import save_new_layers
 from tools import steps
 from tools.frozen_model import add_model_arguments, frozen_model
 
@@ -60,7 +61,7 @@ def main() -> None:
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
     args = parser.parse_args()
-    from apt_backbones.mm.feature_matching import finetune_features, save_new_layers
+    from apt_backbones.mm.feature_matching import finetune_features
 
     torch.manual_seed(args.seed)
     if args.train and args.model.endswith(".py"):

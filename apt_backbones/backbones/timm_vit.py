@@ -261,8 +261,6 @@ _SETTINGS = (
     *("map_fill", "attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std", "last_layout"),
     *("out_indices", "_compile_options", "_fused"),
 )
-
-
 _LAYERS = ("adaptive_embed", "map_detail")
 
 

@@ -15,10 +15,9 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..checkpoint import read_checkpoint
 from ..distance import merging_off
-from ..distill import ViewSettings, cut_view, save_tensors
-from ..freeze import freeze_host, is_new
+from ..distill import ViewSettings, cut_view
+from ..freeze import freeze_host
 from ..images import read_rgb
 from ..trunk import AdaptiveTrunk, find_trunk
 from .runner import APTRunner
@@ -162,22 +161,3 @@ def finetune_features(
 
 def _collate(views: list[Tensor]) -> dict[str, Tensor]:
     return {"pixels": torch.stack(views)}
-
-
-def save_new_layers(model: nn.Module, path: str | Path) -> None:
-    """Write the new layers of a model's trunk as safetensors."""
-    weights = find_trunk(model).state_dict()
-    save_tensors(Path(path), {name: tensor for name, tensor in weights.items() if is_new(name)})
-
-
-def load_new_layers(model: nn.Module, path: str | Path) -> None:
-    """Load what ``save_new_layers`` wrote into a model with the same new layers.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_checkpoint``; or the layers are not those of the model's trunk.
-    """
-    weights, trunk = read_checkpoint(path), find_trunk(model)
-    own = {name: tensor.shape for name, tensor in trunk.state_dict().items() if is_new(name)}
-    if {name: tensor.shape for name, tensor in weights.items()} != own:
-        raise ValueError(f"{path} does not hold the {len(own)} new layers' tensors of this model's trunk")
-    trunk.load_state_dict(weights, strict=False)
