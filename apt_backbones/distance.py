@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .trunk import AdaptiveTrunk
@@ -67,7 +68,8 @@ def feature_distance(trunk: AdaptiveTrunk, images: Tensor, dense: tuple[Tensor, 
     dense = dense_features(trunk, images) if dense is None else dense
     adaptive = trunk.feature_maps(images)
     layout = trunk.last_layout
-    pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(adaptive, dense)]
+    cells = [F.avg_pool2d(maps.float(), trunk.map_scale) for part in (adaptive, dense) for maps in part]
+    pairs = list(zip(cells[: len(dense)], cells[len(dense) :]))
     return FeatureDistance(
         torch.stack([(ours - theirs).square().sum(1) for ours, theirs in pairs]),
         torch.stack([theirs.square().sum(1) for _, theirs in pairs]),

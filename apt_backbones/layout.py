@@ -200,41 +200,50 @@ class PatchLayout:
             cells = cells.masked_fill((index < 0)[:, None], 0)
         return cells.view(*self.token_BHW.shape, -1).permute(0, 3, 1, 2)
 
-    def interpolate(self, map_BDHW: Tensor) -> Tensor:
-        """Interpolate a map of ``to_map`` within merged patches: their cells approach those around them, while the mean
-        of every patch stays the token's. Cells of base patches, and those without a token, stay as they are."""
-        if not self._merged_factors:
+    def refine(self, map_BDHW: Tensor, scale: int) -> Tensor:
+        """Repeat every cell of a map over ``scale`` x ``scale`` finer cells."""
+        return map_BDHW if scale == 1 else map_BDHW.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+    def interpolate(self, map_BDHW: Tensor, scale: int = 1) -> Tensor:
+        """Interpolate a map of ``to_map`` within patches: their cells approach those around them, while the mean of
+        every patch stays the token's. What no patch covers stays as it is.
+
+        Args:
+            map_BDHW: on the base cells, or by ``refine`` on cells ``scale`` times finer; without that, only merged
+                patches have several cells.
+        """
+        if not self._factors(scale):
             return map_BDHW
-        has_token_B1HW = (self.token_BHW >= 0)[:, None].to(map_BDHW.dtype)
+        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), scale)
         share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)  # of a cell's 3 x 3 neighbours
         filled_BDHW = map_BDHW
-        for _ in range(max(self._merged_factors) // 2):
+        for _ in range(max(self._factors(scale)) // 2):
             near_BDHW = F.avg_pool2d(filled_BDHW, 3, 1, padding=1) / share_B1HW
-            filled_BDHW = self.add_detail(map_BDHW, near_BDHW)
+            filled_BDHW = self.add_detail(map_BDHW, near_BDHW, scale)
         return filled_BDHW
 
-    def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor) -> Tensor:
-        """Add to the cells of every merged patch what a second map holds there, less its mean over the patch."""
-        result_BDHW = map_BDHW
-        for factor in self._merged_factors:
-            means = F.avg_pool2d(detail_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor, scale: int = 1) -> Tensor:
+        """Add to the cells of every patch what a second map holds there, less its mean over the patch; ``scale`` as
+        for ``interpolate``."""
+        result_BDHW, factor_B1HW = map_BDHW, self.refine(self._factor_B1HW, scale)
+        for factor in self._factors(scale):
+            means = self.refine(F.avg_pool2d(detail_BDHW, factor), factor)
             rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
             added_BDHW = detail_BDHW - F.pad(means, (0, rest[1], 0, rest[0])) + map_BDHW
-            result_BDHW = torch.where(self._factor_B1HW == factor, added_BDHW, result_BDHW)
+            result_BDHW = torch.where(factor_B1HW * scale == factor, added_BDHW, result_BDHW)
         return result_BDHW
 
     @cached_property
     def _factor_B1HW(self) -> Tensor:
-        """Side in cells of the patch over each cell; 1 where there is none."""
+        """Side in cells of the patch over each cell; 0 where there is none."""
         factor_T = self.side_T // self.patch_size
-        return factor_T[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 1)[:, None]
+        return factor_T[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 0)[:, None]
 
-    @property
-    def _merged_factors(self) -> list[int]:
-        """Sides in cells that merged patches may have on this grid, whichever occur: results do not depend on the
-        batch."""
+    def _factors(self, scale: int) -> list[int]:
+        """Sides in finer cells of the patches of several cells that fit in the grid, whichever occur: results do not
+        depend on the batch."""
         factors = [size // self.patch_size for size in self.sizes]
-        return [factor for factor in factors if 1 < factor <= min(self.grid)]
+        return [factor * scale for factor in factors if factor * scale > 1 and factor <= min(self.grid)]
 
     def from_map(self, map_BDHW: Tensor) -> Tensor:
         """Read every token at its top-left cell: (B, D, H, W) -> (T, D); zeros for prefix tokens.

@@ -103,6 +103,7 @@ class AdaptiveTrunk(nn.Module):
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         map_fill: str = "repeat",
+        map_scale: int = 1,
         out_indices: Sequence[int] | None = None,
         attention_backend: str | None = None,
     ) -> None:
@@ -123,6 +124,8 @@ class AdaptiveTrunk(nn.Module):
             map_fill: what the cells of a merged patch hold in feature maps: "repeat", its token; or "interpolate",
                 values between those around it, with the token as their mean (``PatchLayout.interpolate``); or
                 "learned", to which a new layer per entry of ``out_indices`` adds detail (``MapDetail``).
+            map_scale: cells of feature maps per side of a base patch. From 2 on maps are finer than the network's
+                patches, and ``map_fill``, which must not be "repeat", fills those of base patches, too.
             out_indices: blocks after which ``feature_maps`` returns maps; None for what the class has.
             attention_backend: see ``varlen_attention``; None chooses.
 
@@ -136,6 +139,10 @@ class AdaptiveTrunk(nn.Module):
         check_choice("padding", padding, PADDING_MODES)
         check_choice("rope_position", rope_position, ROPE_POSITIONS)
         check_choice("map_fill", map_fill, MAP_FILLS)
+        if map_scale < 1 or (map_scale > 1 and map_fill == "repeat"):
+            raise ValueError(
+                f'map_scale={map_scale} needs map_fill="interpolate" or "learned"; and it is at least 1, the default'
+            )
         if padding == "drop" and all(float(value).is_integer() for value in pixel_mean):
             raise ValueError(
                 f'padding="drop" takes exact zeros for padding, and with pixel_mean {tuple(pixel_mean)} content can be '
@@ -148,7 +155,7 @@ class AdaptiveTrunk(nn.Module):
             self.check_block(block)
         self.thresholds, self.scorer, self.merge, self.padding = thresholds, scorer, merge, padding
         self.rope_position, self.attention_backend = rope_position, attention_backend
-        self.map_fill, self.window_size = map_fill, window_size or None
+        self.map_fill, self.map_scale, self.window_size = map_fill, map_scale, window_size or None
         self.global_blocks = frozenset(check_indices("global_blocks", global_blocks, len(self.blocks)))
         self.pixel_mean, self.pixel_std = tuple(map(float, pixel_mean)), tuple(map(float, pixel_std))
         self.with_cp = False
@@ -157,7 +164,7 @@ class AdaptiveTrunk(nn.Module):
         # A dense network merges nothing, so it has no new layers: "resizing" has none.
         self.adaptive_embed = AdaptivePatchEmbed(self.embed_dim, merge if thresholds else "resizing")
         self.map_detail = nn.ModuleDict()
-        if thresholds and map_fill == "learned":
+        if (thresholds or map_scale > 1) and map_fill == "learned":
             self.map_detail.update({str(index): MapDetail(self.embed_dim) for index in self.out_indices})
         self.last_layout: PatchLayout | None = None
         self._compile_options: dict | None = None
@@ -177,7 +184,7 @@ class AdaptiveTrunk(nn.Module):
     def feature_maps(
         self, images: Tensor, indices: Sequence[int] | None = None, norm: bool = False
     ) -> tuple[Tensor, ...]:
-        """Feature maps (B, D, ceil(height / p), ceil(width / p)) after some blocks.
+        """Feature maps (B, D, ceil(height / p) * map_scale, ceil(width / p) * map_scale) after some blocks.
 
         Args:
             images: normalized float images (B, 3, height, width); sides that are not a multiple of the patch are
@@ -199,14 +206,17 @@ class AdaptiveTrunk(nn.Module):
         return tuple(maps[index] for index in indices)
 
     def to_map(self, index: int, x_TD: Tensor) -> Tensor:
-        """The latest batch's tokens after a block as a feature map (B, D, H, W), filled as ``map_fill`` says."""
-        map_BDHW = self.last_layout.to_map(x_TD)
+        """The latest batch's tokens after a block as a feature map, filled as ``map_fill`` and ``map_scale`` say."""
+        return self.fill_map(index, self.last_layout, self.last_layout.to_map(x_TD))
+
+    def fill_map(self, index: int, layout: PatchLayout, map_BDHW: Tensor) -> Tensor:
+        """The same of a map (B, D, H, W) that ``layout.to_map`` gave: (B, D, H * map_scale, W * map_scale)."""
         if self.map_fill == "repeat":
             return map_BDHW
-        map_BDHW = self.last_layout.interpolate(map_BDHW)
+        map_BDHW = layout.interpolate(layout.refine(map_BDHW, self.map_scale), self.map_scale)
         if self.map_fill != "learned" or str(index) not in self.map_detail:
             return map_BDHW
-        return self.last_layout.add_detail(map_BDHW, self.map_detail[str(index)](map_BDHW))
+        return layout.add_detail(map_BDHW, self.map_detail[str(index)](map_BDHW), self.map_scale)
 
     def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Run the network; after every block yield its index and its tokens (T, D), placed as ``last_layout`` says.

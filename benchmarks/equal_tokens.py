@@ -12,8 +12,10 @@ command resumes.
 
 import hashlib
 import json
+import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from tools.cli import run
 from apt_backbones.calibrate import score_maps_of
 from apt_backbones.distill import Views, ViewSettings, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
+from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import save_new_layers
 from apt_backbones.scores import SCORERS
 
@@ -41,7 +44,7 @@ from .camvid import (
     read_labels,
     train_head,
 )
-from .study import MERGED, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
+from .study import MERGED, PATCH, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
 
 BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
@@ -56,6 +59,7 @@ OTHERS = (302, 390)  # budgets of the baselines
 SCORER_SEEDS = (0, 1, 2)  # for the smallest base image
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 DETAIL_STEPS = 400
+VIEWED = {1: (0.55, 1.1), 2: (1.0, 1.45)}  # by map scale: zooms of the largest base image in training views
 CHUNK = 32
 
 
@@ -69,6 +73,7 @@ class Head(NamedTuple):
         seeds: one head each.
         sizes: of dense images, for each of which heads are trained.
         kept: the size whose heads read the maps of every method, the best on the val split for all dense images.
+        map_scale: of interpolated and learned maps. Heads that read one cell at a time can read finer maps.
         tried: what was tried on the way.
     """
 
@@ -78,6 +83,7 @@ class Head(NamedTuple):
     seeds: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
     kept: tuple[int, int]
+    map_scale: int
     tried: str
 
 
@@ -89,10 +95,12 @@ HEADS = {
         (0, 1, 2),
         ((210, 280), (238, 322), *BASES),
         (392, 518),
+        2,
         "on the val split: heads of 3 sizes; scorers from the heads: of 2 widths, with a finer stem, with coordinates; "
         "2 scorers from features, at 1 budget; "
         "choosing by true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); "
-        "filling maps in 14 fixed ways, 18 guided by colours or patch embeddings, and by 2 trained layers; "
+        "filling maps in 14 fixed ways, 18 guided by colours or patch embeddings, and by 2 trained layers; finer maps, "
+        "interpolated and by 1 trained layer; "
         "1 fine-tune of the embedding without labels. On the test split nothing was chosen",
     ),
     "upernet": Head(
@@ -102,29 +110,31 @@ HEADS = {
         (0, 1),
         ((336, 448),),
         (336, 448),
+        1,
         "one head; the scorer is the linear head's. Nothing was chosen",
     ),
 }
 
 
+FILLS = ("repeat", "interpolate", "learned")
+
+
 def all_settings(head: str) -> list[Setting]:
     """Of the linear head; of the slower one fewer budgets and scorers."""
-    budgets, scorers, seeds, fills = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS, ("repeat", "dense")
+    budgets, scorers, seeds, dense, pixel = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS, FILLS, FILLS[:2]
     if head != "linear":
         budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
-        seeds, fills = SCORER_SEEDS[:1], ("repeat",)
-    dense = [Setting("dense", size) for size in sorted((*SMALLER, *BASES))]
-    learned = [
-        Setting("apt", size, "learned", budget, seed)
-        for size in BASES
-        for budget in budgets[size]
-        for seed in (seeds if size == BASES[0] else seeds[:1])
-    ]
-    learned += [Setting("apt", size, "learned", b, fill="learned") for size in BASES for b in budgets[size][:3]]
-    learned += [Setting("apt", BASES[0], "learned", b, fill=fill) for fill in fills for b in OTHERS]
-    pixel = [Setting("apt", BASES[0], scorer, budget) for scorer in scorers for budget in OTHERS]
-    others = [Setting(method, BASES[0], None, budget) for method in ("random", "tome") for budget in OTHERS]
-    return dense + learned + pixel + others
+        seeds, dense, pixel = SCORER_SEEDS[:1], FILLS[:1], FILLS[1:2]
+    settings = [Setting("dense", size, fill=fill) for size in sorted((*SMALLER, *BASES)) for fill in dense]
+    for size, every in budgets.items():
+        fills = FILLS if size == BASES[0] else FILLS[1:]
+        for budget in every:
+            of_budget = seeds if size == BASES[0] and budget in OTHERS else seeds[:1]
+            settings += [Setting("apt", size, "learned", budget, seed, fill) for seed in of_budget for fill in fills]
+    if head == "linear":
+        settings += [Setting("apt", BASES[0], "learned", budget, fill="dense") for budget in OTHERS]
+    settings += [Setting("apt", BASES[0], scorer, b, fill=fill) for scorer in scorers for b in OTHERS for fill in pixel]
+    return settings + [Setting(method, BASES[0], None, b) for method in ("random", "tome") for b in OTHERS]
 
 
 class TrueLosses:
@@ -154,7 +164,7 @@ class CamVidStudy(Study):
     """
 
     def __init__(self, folder: Path, head: str, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, BLOCKS)
+        super().__init__(weights, work_dir, dtype, BLOCKS, HEADS[head].map_scale)
         self.head, self.name = HEADS[head], head
         self.paths = {split: paths_of(folder, split) for split in SPLITS}
         self.labels = {split: read_labels(paths) for split, paths in self.paths.items()}
@@ -214,15 +224,22 @@ class CamVidStudy(Study):
         return load_file(file)["losses"]
 
     def detail_file(self) -> Path:
-        """Trained without labels: with merging the linear heads say what they say of the dense maps."""
-        file = self.work_dir / "detail.safetensors"
+        """Trained without labels: with merging, and without on images of ``1 / map_scale`` of their size, the linear
+        heads say what they say of the dense maps."""
+        scale = self.map_scale
+        file = self.work_dir / f"detail_{scale}.safetensors"
         if not file.is_file():
             from apt_backbones.mm.feature_matching import finetune_features
 
-            heads = self.heads(HEADS["linear"].kept, "linear")
+            heads, chance = self.heads(HEADS["linear"].kept, "linear"), random.Random(0)
+            merging = [Setting("apt", BASES[0], "learned", budget, fill="learned") for budget in OTHERS]
+            thresholds = [{MERGED: self.threshold(setting)} for setting in merging]
+            thresholds += [{}] if scale > 1 else []
             self.forget()
 
             def outputs(pixels: Tensor) -> Tensor:
+                if self.vit.thresholds or self.vit.map_scale > 1:  # not the dense ones
+                    self.vit.thresholds = chance.choice(thresholds)
                 with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
                     maps = self.vit.feature_maps(self.normalized(pixels), norm=True)
                 return sum(head(torch.cat(maps, 1).float()).softmax(1) for head in heads) / len(heads)
@@ -230,14 +247,14 @@ class CamVidStudy(Study):
             def prepare(image: Image.Image) -> Image.Image:
                 return image.resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
 
-            with self.as_set(Setting("apt", BASES[0], "learned", OTHERS[0])):
-                self.vit.map_fill = "learned"
-                views = ViewSettings(BASES[0], scales=(0.55, 1.1))
-                files, work_dir = self.paths["train"], self.work_dir / "detail"
-                finetune_features(
-                    self.vit, outputs, files, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
-                )
+            self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), "learned"
+            views = ViewSettings(BASES[0], scales=VIEWED[scale])
+            files, work_dir = self.paths["train"], self.work_dir / f"detail_{scale}"
+            finetune_features(
+                self.vit, outputs, files, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
+            )
             save_new_layers(self.vit, file)
+            self.vit.thresholds, self.vit.map_fill = {}, "repeat"
         return file
 
     def scorer_of(self, setting: Setting) -> str:
@@ -260,33 +277,45 @@ class CamVidStudy(Study):
 
         return self.kept("scorer_ms", measure)
 
-    def quality(self, setting: Setting, split: str) -> dict:
-        """Tokens per image, and the mean IoU per head: of the kept heads and the image's own, for dense images also
-        of the other base sizes."""
+    def quality(self, settings: Sequence[Setting], split: str) -> list[dict]:
+        """Tokens per image, and the mean IoU per head: of the kept heads, for dense images as they are also of the
+        base sizes and their own.
 
-        def measure() -> dict:
-            sizes = {setting.image, self.head.kept, *(BASES if setting.method == "dense" else ())}
-            heads = {size: self.heads(size, self.name) for size in sizes if size in self.head.sizes}
-            total, tokens = {size: [0] * len(self.head.seeds) for size in heads}, 0.0
-            images, labels = read_images(self.paths[split], setting.image), self.labels[split]
-            stored = self.dense(split, setting.image) if setting.method == "dense" else None
+        Args:
+            settings: that differ in how maps are filled alone, so that the network runs once for all.
+        """
+        plain = settings[0].plain
+
+        def measure() -> list[dict]:
+            sizes = [size for size in self.head.sizes if plain.method == "dense" or size == self.head.kept]
+            heads = {size: self.heads(size, self.name) for size in sizes}
+            read = [heads if setting == plain else {self.head.kept: heads[self.head.kept]} for setting in settings]
+            total = [{size: [0] * len(of_seeds) for size, of_seeds in of_setting.items()} for of_setting in read]
+            images, labels = read_images(self.paths[split], plain.image), self.labels[split]
+            stored, tokens = self.dense(split, plain.image) if plain.method == "dense" else None, 0.0
+            if any(setting.fill == "learned" for setting in settings):
+                self.detail_file()  # now: there is no training in inference mode
             torch.manual_seed(0)
-            with self.as_set(setting):
-                for start in track(range(0, len(images), 4), f"{split} {setting.name}", console=console):
+            with self.as_set(plain):
+                for start in track(range(0, len(images), 4), f"{split} {plain.name}", console=console):
                     part = slice(start, start + 4)
                     if stored is None:
-                        maps, count = self.maps_of(setting, images[part])
+                        maps, count = self.maps_of(plain, images[part])
+                        layout = self.vit.last_layout
                     else:
-                        maps, count = stored[part], setting.cells * len(stored[part])
+                        maps, count = stored[part], plain.cells * len(stored[part])
+                        layout = PatchLayout.dense(len(maps), tuple(maps.shape[2:]), PATCH)
                     tokens += count
-                    for size, of_seeds in heads.items():
-                        for seed, head in enumerate(of_seeds):
-                            total[size][seed] = total[size][seed] + confusion(head, maps, labels[part])
+                    for setting, of_setting in zip(settings, total):
+                        filled = self.filled(setting, maps, layout, images[part])
+                        for size, counts in of_setting.items():
+                            found = [confusion(head, filled, labels[part]) for head in heads[size]]
+                            of_setting[size] = [before + of_head for before, of_head in zip(counts, found)]
             self.forget()
-            ious = {text(size): [mean_iou(part) for part in parts] for size, parts in total.items()}
-            return {"tokens": tokens / len(images), "mIoU": ious}
+            ious = [{text(size): list(map(mean_iou, counts)) for size, counts in of.items()} for of in total]
+            return [{"tokens": tokens / len(images), "mIoU": iou} for iou in ious]
 
-        name = f"{split}_{setting.name}"
+        name = "_".join([split, plain.name, *(setting.fill for setting in settings)])
         return self.kept(name if self.name == "linear" else f"{self.name}_{name}", measure)
 
 
@@ -312,7 +341,8 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
 
     Means over the heads, and over the seeds of learned scorers, between whose gains ``spread`` is the standard
     deviation. Between two sizes the dense curve is a straight line, and points beyond it are left out. ``kept``
-    compares with the same head on smaller images, ``own`` with heads trained at the smaller images' sizes.
+    compares with smaller images read by the same head, their maps filled alike where they can be; ``own`` with heads
+    trained at the smaller images' sizes.
     """
     tested = [line for line in results if line["split"] == "test"]
 
@@ -323,10 +353,9 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
         return sorted((tokens, statistics.mean(values)) for tokens, values in points.items())
 
     dense = [line for line in tested if line["method"] == "dense"]
-    curves = {
-        "kept": curve([line for line in dense if line["head"] == kept_head]),
-        "own": curve([line for line in dense if line["head"] == line["image"]]),
-    }
+    own = curve([line for line in dense if line["head"] == line["image"] and line["fill"] == "repeat"])
+    read = {fill: [line for line in dense if (line["head"], line["fill"]) == (kept_head, fill)] for fill in FILLS}
+    kept = {fill: curve(lines) for fill, lines in read.items() if lines}
     found, points = [], {}
     for line in tested:
         if line["method"] != "dense" and line["head"] == kept_head:
@@ -335,7 +364,7 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
         by_scorer = [(lines[0]["tokens"], statistics.mean(line["mIoU"] for line in lines)) for lines in seeds.values()]
         entry = dict(zip(("method", "scorer", "fill", "image", "budget"), key))
         entry["tokens"], entry["mIoU"] = (round(statistics.mean(values), 2) for values in zip(*by_scorer))
-        for name, dense_curve in curves.items():
+        for name, dense_curve in (("kept", kept.get(entry["fill"], kept["repeat"])), ("own", own)):
             over = [(value, between(dense_curve, tokens)) for tokens, value in by_scorer]
             differences = None if any(at is None for _, at in over) else [value - at for value, at in over]
             entry[name] = differences and round(statistics.mean(differences), 2)
@@ -355,23 +384,20 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
     tested = [line for line in results if line["split"] == "test"]
     kept_head, images = text(head.kept), [text(size) for size in BASES]
     read = [line for line in tested if line["head"] == kept_head]
-    curves = {
-        f"dense, smaller images, head of {kept_head}": [line for line in read if line["method"] == "dense"],
-        "dense, smaller images, head of their size": [
-            line for line in tested if line["method"] == "dense" and line["head"] == line["image"]
-        ],
-    }
-    for title, fill in (
-        ("", "interpolate"),
-        (", learned maps", "learned"),
-        (", tokens repeated", "repeat"),
-        (", dense maps", "dense"),
-    ):
+    titles = {"repeat": "", "interpolate": ", interpolated maps", "learned": ", learned maps", "dense": ", dense maps"}
+    curves = {}
+    for fill, title in titles.items():
+        lines = [line for line in read if (line["method"], line["fill"]) == ("dense", fill)]
+        curves |= {f"dense, smaller images{title}": lines} if lines else {}
+    smaller = len(curves)
+    for fill, title in titles.items():
         for image in images:
             lines = [line for line in read if (line["scorer"], line["fill"], line["image"]) == ("learned", fill, image)]
             curves |= {f"learned scorer{title}, image of {image}": lines} if lines else {}
-    pixel = dict.fromkeys((*SCORERS, TRUE))
-    curves |= {f"{scorer}, image of {images[0]}": [r for r in read if r["scorer"] == scorer] for scorer in pixel}
+    curves |= {
+        f"{scorer}, image of {images[0]}": [r for r in read if r["scorer"] == scorer and r["fill"] == "interpolate"]
+        for scorer in dict.fromkeys((*SCORERS, TRUE))
+    }
     curves |= {
         f"{name}, image of {images[0]}": [line for line in read if line["method"] == method]
         for method, name in (("random", "random"), ("tome", "ToMe"))
@@ -393,7 +419,7 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
                 label=name,
                 linestyle=style,
                 marker="o" if style != ":" else "x",
-                color="black" if index == 0 else "grey" if index == 1 else f"C{index - 2}",
+                color=str(0.3 * index) if index < smaller else f"C{index - smaller}",
                 capsize=2,
             )
         panel.set(xlabel=label)
@@ -417,14 +443,21 @@ def main() -> None:
     # On the val split only what is chosen on it, and what it is compared with.
     chosen = []
     if args.head == "linear":
-        chosen = [s for s in settings if s.method == "dense" or (s.scorer in ("learned", TRUE) and s.seed == 0)]
-        chosen += [Setting("apt", BASES[0], scorer, OTHERS[0]) for scorer in (*SCORERS, *args.also)]
-    quality = {
-        (split, s): study.quality(s, split) for split, part in (("val", chosen), ("test", settings)) for s in part
-    }
+        chosen = [s for s in settings if s.method == "dense" or (s.image == BASES[0] and s.budget == OTHERS[0])]
+        chosen = [s for s in chosen if s.method in ("dense", "apt") and s.seed == 0]
+        chosen += [Setting("apt", BASES[0], scorer, OTHERS[0], fill=fill) for scorer in args.also for fill in FILLS]
+    quality = {}
+    for split, part in (("val", chosen), ("test", settings)):
+        for _, group in groupby(part, lambda setting: setting.plain):
+            same = list(group)
+            quality |= {(split, setting): found for setting, found in zip(same, study.quality(same, split))}
     paths = study.paths["test"]
     timed = [s for s in settings if s.scorer != TRUE and s.seed == 0 and s.fill != "dense"]
-    times = study.times(timed, lambda number, size: read_images([paths[number * (len(paths) // 4)]], size))
+    times = study.times(
+        timed,
+        lambda number, size: read_images([paths[number * (len(paths) // 4)]], size),
+        name="times" if args.head == "linear" else f"{args.head}_times",
+    )
     for (split, setting), measured in quality.items():
         results += lines_of(setting, split, measured, times.get(setting.name))
     content = {

@@ -339,9 +339,9 @@ def all_settings() -> list[Setting]:
         return round(share * Setting("dense", BASE).cells)
 
     dense = [Setting("dense", size) for size in (*SMALLER, BASE)]
-    learned = [Setting("apt", BASE, "learned", tokens(share)) for share in BUDGETS]
-    learned += [Setting("apt", BASE, "learned", tokens(share), fill="repeat") for share in BUDGETS[1::2]]
-    pixel = [Setting("apt", BASE, scorer, tokens(0.6)) for scorer in ("entropy", "upsample_mse")]
+    learned = [Setting("apt", BASE, "learned", tokens(share), fill="interpolate") for share in BUDGETS]
+    learned += [Setting("apt", BASE, "learned", tokens(share)) for share in BUDGETS[1::2]]
+    pixel = [Setting("apt", BASE, scorer, tokens(0.6), fill="interpolate") for scorer in ("entropy", "upsample_mse")]
     others = [Setting(method, BASE, None, tokens(0.6)) for method in ("random", "tome")]
     return dense + learned + pixel + others
 

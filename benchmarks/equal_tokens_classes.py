@@ -2,135 +2,186 @@
 """Accuracy against tokens in classification: a frozen DINOv2-S with a linear head, on a folder of images by class.
 
 examples:
-  python -m benchmarks.equal_tokens_classes clothing-dataset-small --out docs/results/equal_tokens_clothing.json
-  python -m benchmarks.equal_tokens_classes photos/ --weights dinov2_s14.safetensors --scorer scorer.safetensors
+  python -m benchmarks.equal_tokens_classes clothing-dataset-small --scorer scorer.safetensors
+  python -m benchmarks.equal_tokens_classes photos/ --weights dinov2_s14.safetensors
 
-The folder holds train, validation and test. Heads read the CLS token, and the mean over the tokens of the image: with
-merged tokens by their area, as ``adapt`` has it, or with every token once. They are trained on dense images of 224
-pixels, in samples drawn with replacement (the seeds). Thresholds are calibrated on the validation split.
+The folder holds train, validation and test, and all of their images are classified: heads learn from four fifths of
+them, dense and at 224 pixels, and are tested on the fifth that is left, five times (small test splits tell nothing from
+chance). They read the CLS token, or the mean over the tokens of the image: with merged tokens by their area, as
+``adapt`` has it, or every token once. Thresholds are calibrated on the validation images. What is finished is kept in
+the work directory: the same command resumes.
 """
 
 import json
-import sys
+import random
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import timm
 import torch
 from rich.progress import track
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tools.cli import parser_of, run
-from apt_backbones import adapt
-from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
+from tools.cli import run
+from apt_backbones.distill import save_tensors
 from apt_backbones.files import write_atomically
-from apt_backbones.selection import normalize
 
-from .study import MERGED, MODEL, console, pretrained
+from .study import Setting, Study, about, between, console, study_parser
 
-SIDE = 224
-SMALLER = (140, 168, 196, 210, 224)
-KEEPS = (0.75, 0.6)
-ADAPTIVE = (("resizing", "entropy"), ("resizing", "upsample_mse"), ("random", "entropy"))
+SPLITS = ("train", "validation", "test")
+BASE = (224, 224)
+SMALLER = ((140, 140), (168, 168), (182, 182), (196, 196))
+BUDGETS = (192, 154)  # of 256 tokens
 POOLS = ("cls", "mean by area", "mean by token")
-SEEDS = 3
+FOLDS, DRAWS = 5, 200
 
 
-def images_of(folder: Path, split: str, side: int) -> DataLoader:
-    """Batches of pixels 0..255 (B, 3, side, side) and classes."""
-    steps = [transforms.Resize(side, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side)]
-    data = ImageFolder(folder / split, transforms.Compose([*steps, transforms.PILToTensor()]))
-    return DataLoader(data, batch_size=16, num_workers=1)
+class ClassStudy(Study):
+    """The network on images by class, and heads that read what it says of a whole image.
+
+    Args:
+        folder: with train, validation and test, a folder per class in each.
+        scorer: file of a learned scorer, for settings that have one.
+    """
+
+    def __init__(self, folder: Path, scorer: Path | None, weights: Path | None, work_dir: Path, dtype: torch.dtype):
+        super().__init__(weights, work_dir, dtype, (11,))
+        self.folder, self.scorer = folder, scorer
+        self.labels = torch.cat([torch.tensor(ImageFolder(folder / split).targets) for split in SPLITS])
+
+    def batches(self, splits: Sequence[str], size: tuple[int, int], batch: int) -> DataLoader:
+        """Pixels 0..255 (B, 3, height, width) and classes."""
+        steps = [transforms.Resize(size[0], transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+        transform = transforms.Compose([*steps, transforms.PILToTensor()])
+        data = ConcatDataset([ImageFolder(self.folder / split, transform) for split in splits])
+        return DataLoader(data, batch, num_workers=1)
+
+    def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
+        return (pixels for pixels, _ in self.batches(["validation" if split == "val" else split], size, 1))
+
+    def scorer_file(self, seed: int = 0) -> Path:
+        return self.scorer
+
+    @torch.inference_mode()
+    def features(self, setting: Setting) -> dict[str, Tensor]:
+        """Per pooling the features of all images (N, C), and ``tokens``, the number of their patch tokens (N,)."""
+        file = self.work_dir / "features" / f"{setting.name}.safetensors"
+        if not file.is_file():
+            found = {name: [] for name in (*POOLS, "tokens")}
+            torch.manual_seed(0)
+            with self.as_set(setting):
+                for pixels, _ in track(self.batches(SPLITS, setting.image, 16), setting.name, console=console):
+                    with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                        *_, (_, x_TD) = self.vit.run(self.normalized(pixels))
+                    layout, x_TD = self.vit.last_layout, self.vit.final_norm(x_TD.float())
+                    found["cls"].append(layout.prefix(x_TD)[:, 0])
+                    found["mean by area"].append(layout.to_map(x_TD).mean((2, 3)))
+                    found["mean by token"].append(torch.stack([x.mean(0) for x in layout.split(x_TD)]))
+                    found["tokens"].append(torch.tensor(layout.num_patches))
+            save_tensors(file, {name: torch.cat(parts) for name, parts in found.items()})
+        return load_file(file)
+
+    def folds(self) -> Tensor:
+        """Of every image the number of the fifth in which it is tested."""
+        return torch.tensor(random.Random(0).choices(range(FOLDS), k=len(self.labels)))
+
+    def probabilities(self, settings: Sequence[Setting]) -> dict[tuple[Setting, str], Tensor]:
+        """Per setting and pooling the probabilities of every image, by the heads that did not learn from it."""
+        folds, dense = self.folds(), self.features(Setting("dense", BASE))
+        heads = {
+            pool: [train_head(dense[pool][folds != fold], self.labels[folds != fold]) for fold in range(FOLDS)]
+            for pool in POOLS
+        }
+        found = {}
+        for setting in settings:
+            features = self.features(setting)
+            for pool in POOLS:
+                of_heads = torch.stack([head(features[pool]).softmax(1) for head in heads[pool]])
+                found[setting, pool] = of_heads[folds, torch.arange(len(folds))]
+        return found
 
 
-@torch.inference_mode()
-def features(vit: nn.Module, loader: DataLoader, title: str) -> tuple[dict[str, Tensor], Tensor, float]:
-    """Per pooling the features of all images, their classes, and the mean number of patch tokens."""
-    pooled, labels, tokens = {name: [] for name in POOLS}, [], []
-    for pixels, classes in track(loader, title, console=console):
-        *_, (_, x_TD) = vit.run(normalize(pixels, vit.pixel_mean, vit.pixel_std))
-        layout, x_TD = vit.last_layout, vit.final_norm(x_TD)
-        pooled["cls"].append(layout.prefix(x_TD)[:, 0])
-        pooled["mean by area"].append(layout.to_map(x_TD).mean((2, 3)))
-        pooled["mean by token"].append(torch.stack([x.mean(0) for x in layout.split(x_TD)]))
-        labels.append(classes)
-        tokens += layout.num_patches
-    return {name: torch.cat(parts) for name, parts in pooled.items()}, torch.cat(labels), sum(tokens) / len(tokens)
-
-
-def train_head(x: Tensor, labels: Tensor, seed: int) -> nn.Linear:
-    """Logistic regression on a sample drawn with replacement."""
-    sample = torch.randint(len(x), (len(x),), generator=torch.Generator().manual_seed(seed))
-    x, labels = x[sample], labels[sample]
+def train_head(x: Tensor, labels: Tensor) -> nn.Sequential:
+    """Logistic regression on standardized features."""
+    center, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     head = nn.Linear(x.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    x = (x - center) / spread
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(head(x), labels) + 1e-4 * head.weight.square().sum()
+        loss = nn.functional.cross_entropy(head(x), labels) + 5e-3 * head.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
+    with torch.no_grad():
+        head.weight.div_(spread)
+        head.bias.sub_(head.weight @ center)
     return head.requires_grad_(False)
 
 
-def calibrated(folder: Path, scorer: str, keep: float) -> dict[int, float]:
-    """Thresholds with which the validation images keep a share of their tokens."""
-    images = [image[None].float() for pixels, _ in images_of(folder, "validation", SIDE) for image in pixels]
-    return calibrate_thresholds([score_maps_of(image, (MERGED,), scorer) for image in images], MERGED // 2, keep)
+def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float, Tensor]], values: Tensor) -> dict:
+    """Accuracy in percent and cross-entropy of a setting, and both over dense images of as many tokens.
+
+    Args:
+        curve: tokens of dense images of every size, and whether each image was classified correctly and its
+            cross-entropy (2, N).
+        values: the same of the setting.
+    """
+    entry = {**setting.about, "pool": pool, "tokens": round(tokens, 1)}
+    index = [torch.arange(values.shape[1])]
+    index += [
+        torch.tensor(random.Random(draw).choices(range(values.shape[1]), k=values.shape[1])) for draw in range(DRAWS)
+    ]
+    for row, (name, unit) in enumerate((("accuracy", 100), ("cross_entropy", 1))):
+        entry[name] = round(unit * float(values[row].mean()), 3)
+        gains = []
+        for drawn in index:
+            at = between([(of_size, float(found[row, drawn].mean())) for of_size, found in curve], tokens)
+            gains.append(None if at is None else unit * (float(values[row, drawn].mean()) - at))
+        known = setting.method != "dense" and gains[0] is not None
+        entry[f"{name}_gain"] = round(gains[0], 3) if known else None
+        entry[f"{name}_error"] = round(statistics.stdev(gains[1:]), 3) if known else None
+    return entry
+
+
+def all_settings(with_learned: bool) -> list[Setting]:
+    scorers = ("entropy", "upsample_mse", *(["learned"] if with_learned else []))
+    adaptive = [Setting("apt", BASE, scorer, budget) for scorer in scorers for budget in BUDGETS]
+    dense = [Setting("dense", size) for size in (*SMALLER, BASE)]
+    return [*dense, *adaptive, *(Setting("random", BASE, None, budget) for budget in BUDGETS)]
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = study_parser(__doc__, "equal_tokens_classes")
     parser.add_argument("folder", type=Path, help="with train, validation and test, a folder per class in each")
-    parser.add_argument("--weights", type=Path, help="of the network; timm's are downloaded otherwise")
-    parser.add_argument("--scorer", help="file of a learned scorer, measured as well")
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--scorer", type=Path, help="file of a learned scorer, measured as well")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results/equal_tokens_clothing.json"), help="(%(default)s)"
+    )
     args = parser.parse_args()
-    vit = pretrained(args.weights)
-    # Without an option, timm's own model would come back.
-    adapt(vit, None, padding="coarsest")
-    x, labels, _ = features(vit, images_of(args.folder, "train", SIDE), "training images")
-    heads = {pool: [train_head(x[pool], labels, seed) for seed in range(SEEDS)] for pool in POOLS}
-
+    study = ClassStudy(args.folder, args.scorer, args.weights, args.work_dir, getattr(torch, args.dtype))
+    settings = all_settings(args.scorer is not None)
+    tokens = {setting: float(study.features(setting)["tokens"].float().mean()) for setting in settings}
+    values = {}
+    for key, of_images in study.probabilities(settings).items():
+        right, truth = of_images.argmax(1) == study.labels, of_images.gather(1, study.labels[:, None])[:, 0]
+        values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
     results = []
-
-    def measure(method: str, scorer: str | None, side: int) -> None:
-        for split in ("validation", "test"):
-            x, labels, tokens = features(vit, images_of(args.folder, split, side), f"{method} {scorer} {side} {split}")
-            for pool in POOLS:
-                for seed, head in enumerate(heads[pool]):
-                    accuracy = 100 * float((head(x[pool]).argmax(1) == labels).float().mean())
-                    line = {
-                        "method": method,
-                        "scorer": scorer and Path(scorer).stem,
-                        "image": side,
-                        "tokens": round(tokens, 1),
-                    }
-                    results.append({**line, "pool": pool, "accuracy": round(accuracy, 2), "split": split, "seed": seed})
-
-    for side in SMALLER:
-        measure("dense", None, side)
-    for merge, scorer in (*ADAPTIVE, *([("resizing", args.scorer)] if args.scorer else [])):
-        for keep in KEEPS:
-            adapt(vit, calibrated(args.folder, scorer, keep), scorer, merge)
-            measure(merge, scorer, SIDE)
-    command = " ".join(["python -m benchmarks.equal_tokens_classes", *sys.argv[1:]])
-    about = {
-        "model": MODEL,
-        "command": command,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "results": results,
-    }
-    if args.out:
-        write_atomically(args.out, json.dumps(about, indent=1) + "\n")
+    for pool in POOLS:
+        curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense")
+        results += [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
+    content = {**about("equal_tokens_classes", args), "images": len(study.labels), "results": results}
+    write_atomically(args.out, json.dumps(content, indent=1) + "\n")
     for line in results:
-        if line["split"] == "test" and line["seed"] == 0:
-            console.print(line)
+        console.print(line)
 
 
 if __name__ == "__main__":

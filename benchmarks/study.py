@@ -27,6 +27,7 @@ from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, train_scorer
 from apt_backbones.files import write_atomically
+from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import load_new_layers
 from apt_backbones.selection import normalize
 from tools.machine import processor
@@ -49,8 +50,8 @@ class Setting(NamedTuple):
         scorer: of "apt".
         budget: tokens that it is calibrated to.
         seed: of the learned scorer's distilling.
-        fill: of the maps of "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``; or "dense", what the network says in
-            the merged cells without merging: the ceiling of all ways to fill them.
+        fill: of the maps of "dense" and "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``; or "dense", what the
+            network says in the merged cells without merging: the ceiling of all ways to fill these.
     """
 
     method: str
@@ -58,14 +59,19 @@ class Setting(NamedTuple):
     scorer: str | None = None
     budget: int | None = None
     seed: int = 0
-    fill: str = "interpolate"
+    fill: str = "repeat"
 
     @property
     def name(self) -> str:
         scorer = self.scorer and Path(self.scorer).stem
         parts = [self.method, *self.image, scorer, self.budget, f"seed{self.seed}" if self.seed else None]
-        parts.append(None if self.fill == "interpolate" else f"fill_{self.fill}")
+        parts.append(None if self.fill == "repeat" else self.fill)
         return "_".join(str(part) for part in parts if part is not None)
+
+    @property
+    def plain(self) -> "Setting":
+        """The same tokens with the network's own maps."""
+        return self._replace(fill="repeat")
 
     @property
     def about(self) -> dict:
@@ -74,7 +80,7 @@ class Setting(NamedTuple):
             "method": self.method,
             "scorer": self.scorer and Path(self.scorer).stem,
             "scorer_seed": self.seed if self.scorer == "learned" else None,
-            "fill": self.fill if self.method == "apt" else None,
+            "fill": self.fill,
             "image": text(self.image),
             "budget": self.budget,
         }
@@ -92,19 +98,23 @@ class Study:
         work_dir: for everything that is kept.
         dtype: in which features are computed.
         blocks: after which maps are taken.
+        map_scale: of maps that are not repeated, see ``AdaptiveTrunk.set_up``.
     """
 
     distill_epochs = 24
 
-    def __init__(self, weights: Path | None, work_dir: Path, dtype: torch.dtype, blocks: Sequence[int]):
+    def __init__(
+        self, weights: Path | None, work_dir: Path, dtype: torch.dtype, blocks: Sequence[int], map_scale: int = 1
+    ):
         self.weights, self.work_dir, self.dtype, self.blocks = weights, work_dir, dtype, blocks
+        self.map_scale = map_scale
         self.vit = self.build()
 
     def build(self) -> nn.Module:
         """The frozen network, adaptive, with nothing merged yet."""
-        layers = dict(map_fill="learned", out_indices=self.blocks)
+        layers = dict(map_fill="learned", map_scale=self.map_scale, out_indices=self.blocks)
         vit = adapt(pretrained(self.weights), {MERGED: 0.0}, merge="resizing", **layers)
-        vit.thresholds = {}
+        vit.thresholds, vit.map_fill = {}, "repeat"
         return vit
 
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -165,16 +175,26 @@ class Study:
         return torch.cat(maps, 1), tokens
 
     def maps_of(self, setting: Setting, pixels: Tensor) -> tuple[Tensor, float]:
-        """Feature maps of a setting other than "dense" that is set (``as_set``), and the batch's tokens."""
+        """Feature maps of a setting that is set (``as_set``), and the batch's tokens."""
         if setting.method == "tome":
             maps, count = self.tome_maps(setting, pixels, self.dtype)
             return maps, count * len(maps)
-        maps, layout = self.maps(pixels), self.vit.last_layout
+        maps = self.maps(pixels)
+        return maps, self.vit.last_layout.num_tokens - len(maps)  # without CLS
+
+    @torch.inference_mode()
+    def filled(self, setting: Setting, maps: Tensor, layout: PatchLayout, pixels: Tensor) -> Tensor:
+        """Maps of ``setting.plain`` filled as the setting says; that one is set."""
+        if setting.fill == "repeat":
+            return maps
         if setting.fill == "dense":
             thresholds, self.vit.thresholds = self.vit.thresholds, {}
             maps = torch.where(layout.to_map(layout.side_T[:, None]) > PATCH, self.maps(pixels), maps)
             self.vit.thresholds = thresholds
-        return maps, layout.num_tokens - len(maps)  # without CLS
+            return maps
+        parts = zip(self.blocks, maps.float().chunk(len(self.blocks), 1))
+        with self.as_set(setting):
+            return torch.cat([self.vit.fill_map(block, layout, part) for block, part in parts], 1)
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == "learned":
@@ -189,29 +209,36 @@ class Study:
             maps = [score_maps_of(image.float(), (MERGED,), scorer) for image in self.images("val", setting.image)]
             return calibrate_thresholds(maps, PATCH, setting.budget / setting.cells)[MERGED]
 
-        return self.kept(f"threshold_{setting.name}", calibrate)
+        return self.kept(f"threshold_{setting.plain.name}", calibrate)
 
     @contextmanager
     def as_set(self, setting: Setting) -> Iterator[None]:
-        """The network with a setting's patches."""
+        """The network with a setting's patches and maps."""
         if setting.fill == "learned":
             load_new_layers(self.vit, self.detail_file())  # first: training them sets other patches
-        self.vit.thresholds, self.vit.merge = {}, "resizing"
+        before = {name: getattr(self.vit, name) for name in ("thresholds", "scorer", "merge", "map_fill")}
         if setting.method in ("apt", "random"):
             self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
             self.vit.merge = "random" if setting.method == "random" else "resizing"
-            self.vit.map_fill = "repeat" if setting.fill == "dense" else setting.fill
+        if setting.fill != "dense":
+            self.vit.map_fill = setting.fill
         yield
-        self.vit.thresholds, self.vit.merge = {}, "resizing"
+        for name, value in before.items():
+            setattr(self.vit, name, value)
 
     def times(
-        self, settings: Sequence[Setting], pixels_of: Callable[[int, tuple[int, int]], Tensor], count: int = 4
+        self,
+        settings: Sequence[Setting],
+        pixels_of: Callable[[int, tuple[int, int]], Tensor],
+        count: int = 4,
+        name: str = "times",
     ) -> dict[str, float]:
         """Milliseconds of CPU time per image, scoring included: batch 1, float32, one thread; settings take turns,
         the median over three rounds is averaged over images.
 
         Args:
             pixels_of: the n-th of ``count`` images at a size, uint8 (1, 3, height, width).
+            name: of the step.
         """
 
         def measure() -> dict[str, float]:
@@ -231,13 +258,13 @@ class Study:
                     spent[name].append(statistics.median(values))
             return {name: statistics.mean(values) for name, values in spent.items()}
 
-        return self.kept("times", measure)
+        return self.kept(name, measure)
 
     def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
-        """What is timed: for dense images timm's own network."""
+        """What is timed: for dense images timm's own network, unless their maps are filled."""
         if setting.method == "tome":
             return lambda pixels: self.tome_maps(setting, pixels, torch.float32)
-        if setting.method == "dense":
+        if setting.method == "dense" and setting.fill == "repeat":
             return lambda pixels: original.forward_intermediates(
                 self.normalized(pixels), list(self.blocks), norm=True, intermediates_only=True
             )

@@ -4,12 +4,14 @@ import json
 import runpy
 import sys
 from copy import deepcopy
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -92,18 +94,24 @@ def test_camvid_is_read_from_its_lists(tmp_path):
 def test_every_setting_has_a_name_and_lines():
     settings = equal_tokens.all_settings("linear")
     assert len({setting.name for setting in settings}) == len(settings)
-    assert sum(setting.scorer == "learned" for setting in settings) == 3 * 5 + 2 * 5 + 9 + 4
+    for other in (equal_tokens.all_settings("upernet"), settings):
+        points = [setting.plain for setting in other if setting.fill != "dense"]
+        assert len(list(groupby(points))) == len(set(points)), "maps of the same tokens are filled one after another"
     (line,) = equal_tokens.lines_of(settings[-1], "test", {"tokens": 302.04, "mIoU": {"280x364": [41.234]}}, 3.14)
     assert line["tokens"] == 302 and line["mIoU"] == 41.23 and line["seed"] == 0 and line["ms"] == 3.1
 
 
 def test_gains_are_over_dense_images_of_as_many_tokens():
-    line = dict(split="test", scorer=None, scorer_seed=None, fill=None, budget=None, head="large", seed=0, ms=1.0)
+    line = dict(split="test", scorer=None, scorer_seed=None, budget=None, head="large", seed=0, ms=1.0)
+    line["fill"] = "repeat"
     dense = [{**line, "method": "dense", "image": "a", "tokens": t, "mIoU": v} for t, v in ((100, 40.0), (200, 44.0))]
     own = [{**part, "image": "a", "head": "a", "mIoU": 40.0} for part in dense]
     line |= dict(method="apt", scorer="learned", image="b", mIoU=43.0)
     apt = [{**line, "budget": t, "tokens": t, "scorer_seed": 0} for t in (150, 300)]
     first, second = equal_tokens.gains(dense + own + apt, "large")
+    finer = [{**part, "fill": "learned", "mIoU": part["mIoU"] + 2} for part in (*dense, *apt[:1])]
+    *_, learned = equal_tokens.gains(dense + own + apt + finer, "large")
+    assert learned["kept"] == 1.0 and learned["mIoU"] == 45.0, "over smaller images whose maps are filled alike"
     assert first["kept"] == 1.0 and first["own"] == 3.0 and first["spread"] is None and second["kept"] is None
     # Another scorer keeps more tokens of the same budget; its two heads differ.
     apt += [{**line, "budget": 150, "tokens": 175, "scorer_seed": 1, "seed": k, "mIoU": 42.0 + 4 * k} for k in (0, 1)]
@@ -111,38 +119,43 @@ def test_gains_are_over_dense_images_of_as_many_tokens():
     assert (first["tokens"], first["mIoU"], first["kept"]) == (162.5, 43.5, 1.0) and first["spread"] == 0.0
 
 
-def test_maps_of_merged_patches_are_filled_as_a_setting_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scale", [1, 2])
+def test_maps_are_filled_as_a_setting_says(tmp_path, monkeypatch, scale):
     """Repeated, interpolated, with learned detail, or with what the dense network says there."""
     torch.manual_seed(0)
     small = dict(depth=2, embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
     network = timm.create_model("vit_small_patch14_dinov2", **small).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
-    of_small = study.Study(None, tmp_path, torch.float32, (0, 1))
+    of_small = study.Study(None, tmp_path, torch.float32, (0, 1), scale)
     monkeypatch.setattr(of_small, "threshold", lambda setting: 0.5)
-
-    def detail_file():
-        with of_small.as_set(study.Setting("apt", (56, 84), "entropy", 18)):  # as if it were trained now
-            return tmp_path / "detail.safetensors"
-
-    monkeypatch.setattr(of_small, "detail_file", detail_file)
+    monkeypatch.setattr(of_small, "detail_file", lambda: tmp_path / "detail.safetensors")
     torch.nn.init.normal_(of_small.vit.map_detail["1"].out.weight)
     save_new_layers(of_small.vit, tmp_path / "detail.safetensors")
     torch.nn.init.zeros_(of_small.vit.map_detail["1"].out.weight)
     pixels = torch.randint(0, 255, (1, 3, 56, 84), dtype=torch.uint8)
     pixels[..., :42] = 0
-    maps = {"dense network": of_small.maps(pixels)}
+    dense, maps = of_small.maps(pixels), {}
     for fill in ("repeat", "learned", "interpolate", "dense"):
         setting = study.Setting("apt", (56, 84), "entropy", 18, fill=fill)
         with of_small.as_set(setting):
-            maps[fill], tokens = of_small.maps_of(setting, pixels)
-    assert tokens == 18
+            of_trunk, tokens = of_small.maps_of(setting, pixels)
+        with of_small.as_set(setting.plain):
+            plain, _ = of_small.maps_of(setting.plain, pixels)
+            maps[fill] = of_small.filled(setting, plain, of_small.vit.last_layout, pixels)
+        assert tokens == 18
+        if fill != "dense":
+            torch.testing.assert_close(of_trunk.float(), maps[fill].float(), rtol=1e-2, atol=1e-2, msg="half precision")
+    assert torch.equal(of_small.maps(pixels), dense), "nothing is set any more"
     merged = torch.zeros(4, 6, dtype=torch.bool)
     merged[:, :2] = True
-    assert torch.equal(maps["dense"][..., merged], maps["dense network"][..., merged])
+    assert torch.equal(maps["dense"][..., merged], dense[..., merged])
     assert torch.equal(maps["dense"][..., ~merged], maps["repeat"][..., ~merged])
     for fill, plainer in (("interpolate", "repeat"), ("learned", "interpolate")):
-        assert torch.equal(maps[fill][..., ~merged], maps["repeat"][..., ~merged])
-        assert not torch.equal(maps[fill][..., merged], maps[plainer][..., merged])
+        means = F.avg_pool2d(maps[fill].float(), scale)
+        torch.testing.assert_close(means[..., ~merged], maps["repeat"][..., ~merged].float(), rtol=1e-2, atol=1e-2)
+        finer = maps[plainer].shape == maps[fill].shape
+        assert finer == (scale == 1 or plainer == "interpolate")
+        assert not finer or not torch.equal(maps[fill], maps[plainer])
 
 
 def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

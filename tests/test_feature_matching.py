@@ -23,12 +23,12 @@ def paths(tmp_path):
     return sorted(tmp_path.glob("*.png"))
 
 
-def network(threshold=float("inf"), merge="apt", map_fill="repeat"):
+def network(threshold=float("inf"), merge="apt", **options):
     torch.manual_seed(1)
     vit = timm.create_model(
         "vit_tiny_patch16_224", patch_size=4, img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=0
     )
-    return adapt(vit, {8: threshold}, merge=merge, map_fill=map_fill).eval()
+    return adapt(vit, {8: threshold}, merge=merge, **options).eval()
 
 
 def outputs_of(vit):
@@ -80,6 +80,22 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_finer_maps_learn_what_the_network_says_of_a_larger_image(paths):
+    """Also where nothing merges: the images of which the maps are finer are half as large."""
+    vit, seen = network(0.0, "resizing", map_fill="learned", map_scale=2), []
+
+    def outputs(pixels):
+        seen.append((tuple(pixels.shape[2:]), dict(vit.thresholds)))
+        return outputs_of(vit)(pixels)
+
+    matching = FeatureMatching(vit, outputs)
+    found = matching(torch.randint(0, 255, (2, 3, 64, 48), dtype=torch.uint8))
+    assert seen == [((64, 48), {}), ((32, 24), {8: 0.0})] and found["kept"] == 1
+    assert vit.map_scale == 2 and vit.feature_maps(torch.zeros(1, 3, 64, 48))[0].shape[2:] == (32, 24)
+    found["loss"].backward()
+    assert vit.map_detail["1"].out.weight.grad.any()
+
+
 def test_probabilities(paths, tmp_path):
     vit = network()
     features = outputs_of(vit)
@@ -106,7 +122,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         FeatureMatching(network(), outputs_of(vit), "labels")
     save_new_layers(vit, tmp_path / "new.safetensors")
     wider = adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), {32: 5.0})
-    with pytest.raises(ValueError, match="new layers"):
+    with pytest.raises(ValueError, match=r"conv_down.bias is \(24,\) in .* and \(192,\) in the model"):
         load_new_layers(wider, tmp_path / "new.safetensors")
 
 
@@ -133,6 +149,6 @@ def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch)
         "embedding",
     )
     layers = {name.rsplit(".", 1)[0] for name in load_file(tmp_path / "new.safetensors")}
-    assert {"adaptive_embed.conv_down", "map_detail.5.out", "map_detail.8.out", "map_detail.11.out"} <= layers
+    assert {"conv_down", "map_detail.5.out", "map_detail.8.out", "map_detail.11.out"} <= layers
     with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
         run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")

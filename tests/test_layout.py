@@ -95,14 +95,15 @@ def test_maps_constant_on_each_patch_survive_the_round_trip(case):
     assert torch.equal(layout.side_T[layout.token_BHW], sides)
 
 
-@given(layouts(most_prefix=2))
-def test_interpolated_maps_keep_base_patches_and_the_means_of_merged_ones(case):
+@given(layouts(most_prefix=2), st.integers(1, 3))
+def test_interpolated_maps_keep_the_mean_of_every_patch(case, scale):
     layout, _ = case
     tokens = torch.randn(layout.num_tokens, 3, generator=torch.Generator().manual_seed(0))
-    repeated = layout.to_map(tokens)
-    interpolated = layout.interpolate(repeated)
+    interpolated = layout.interpolate(layout.refine(layout.to_map(tokens), scale), scale)
+    token_BHW = layout.refine(layout.token_BHW[:, None], scale)[:, 0]
+    assert torch.equal(interpolated.movedim(1, 3)[token_BHW < 0], torch.zeros(int((token_BHW < 0).sum()), 3))
     for token in range(layout.num_tokens):
-        cells = interpolated.permute(0, 2, 3, 1)[layout.token_BHW == token]
+        cells = interpolated.movedim(1, 3)[token_BHW == token]
         if len(cells) == 1:
             assert torch.equal(cells[0], tokens[token])
         elif len(cells):

@@ -79,7 +79,7 @@ def begun(finished, folder):
 
 def test_resuming_ends_where_the_uninterrupted_run_ends(task, finished, tmp_path):
     begun(finished, tmp_path)
-    assert {name for name in load_file(tmp_path / "checkpoint-3" / "model.safetensors")} == {
+    assert {name.split("adaptive_embed.")[1] for name in load_file(tmp_path / "checkpoint-3/model.safetensors")} == {
         name for name in load_file(finished / "apt_new_layers.safetensors")
     }
     run(task, tmp_path, "--save_steps", "3", "--resume")

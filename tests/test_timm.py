@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from apt_backbones import adapt, freeze_host
@@ -107,6 +108,26 @@ def test_maps_are_interpolated_within_merged_patches_if_wanted():
     assert torch.equal(model.forward_features(images), tokens), "tokens are repeated; pooling counts them by their area"
     with pytest.raises(ValueError, match="unknown map_fill 'nearest'; choose one of repeat, interpolate"):
         adapt(model, thresholds_of(model, 3.0), map_fill="nearest")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [None, 3.0])
+def test_maps_finer_than_the_patches_keep_their_means(threshold):
+    model = build("vit_small_patch14_dinov2")
+    images = pictures(model, 1, 9, 12)
+    thresholds = None if threshold is None else thresholds_of(model, threshold)
+    adapt(model, thresholds, padding="coarsest")
+    (coarse,) = model.feature_maps(images, [-1])
+    adapt(model, thresholds, map_fill="learned", map_scale=2)
+    (fine,) = model.feature_maps(images, [-1])
+    assert fine.shape[2:] == (18, 24) and model.forward_features(images).shape[1] == model.num_prefix_tokens + 9 * 12
+    base = model.last_layout.side_T[model.last_layout.token_BHW] == model.patch_size
+    torch.testing.assert_close(
+        F.avg_pool2d(fine, 2).movedim(1, 3)[base], coarse.movedim(1, 3)[base], rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(model.forward_intermediates(images, [-1], intermediates_only=True)[0], fine)
+    with pytest.raises(ValueError, match='map_scale=2 needs map_fill="interpolate" or "learned"'):
+        adapt(model, thresholds, map_scale=2)
 
 
 def test_learned_maps_start_interpolated_and_change_merged_patches_only():

@@ -10,8 +10,9 @@ examples:
 
 With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. A
 configuration says which new layers it has; for a timm model --train does: ConvDown and ZeroMLP ("embedding"), the
-detail of feature maps within merged patches ("maps", map_fill="learned"), or both. The file holds the new layers only.
-An interrupted run resumes. Runs without a GPU.
+detail of feature maps within patches ("maps", map_fill="learned"), or both. Maps of a --map-scale above 1 are finer
+than the patches, and learn what the model says of an image so many times larger. The file holds the new layers only. An
+interrupted run resumes. Runs without a GPU.
 """
 
 from pathlib import Path
@@ -56,6 +57,7 @@ def main() -> None:
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")
     add("--train", nargs="+", choices=LAYERS, help="new layers of a timm model (default: embedding)")
+    add("--map-scale", type=int, default=1, help="cells of learned maps per side of a base patch (default: 1)")
     add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
@@ -67,8 +69,12 @@ def main() -> None:
     if args.train and args.model.endswith(".py"):
         raise ValueError("a configuration names its new layers itself (merge, map_fill); leave out --train")
     train = args.train or ["embedding"]
-    layers = ("apt" if "embedding" in train else "resizing", "learned" if "maps" in train else "repeat")
-    frozen = frozen_model(args.model, args.weights, args.sizes, args.resize, *layers)
+    layers = dict(merge="apt") if "embedding" in train else {}
+    if "maps" in train:
+        layers |= dict(map_fill="learned", map_scale=args.map_scale)
+    elif args.map_scale != 1:
+        raise ValueError("--map-scale is for learned maps: add --train maps (a configuration has its own map_scale)")
+    frozen = frozen_model(args.model, args.weights, args.sizes, args.resize, **layers)
     target, trunk, prepare = frozen.target(args.target), frozen.trunk, frozen.settings.prepare
     paths = find_images(args.images)
     trunk.scorer = args.scorer or trunk.scorer
@@ -95,6 +101,7 @@ def main() -> None:
         args.scorer,
         trunk.thresholds,
         train,
+        trunk.map_scale,
         target,
         views,
         args.iterations,
@@ -113,7 +120,7 @@ def main() -> None:
         args.iterations,
         args.batch,
         args.rate,
-        prepare=prepare,
+        prepare=frozen.larger,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_new_layers(frozen.model, args.out)

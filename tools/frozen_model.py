@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,10 @@ class Frozen(NamedTuple):
     features: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor] | None
 
+    def seeing(self, longest: int) -> "Frozen":
+        """The same model, which sees images with another longest side in pixels."""
+        return self._replace(settings=replace(self.settings, prepare=with_longest_side(longest)))
+
     def target(self, asked: str | None) -> str:
         """What is learned from: "head" for segmenters if nothing is asked for, else "features".
 
@@ -70,16 +75,21 @@ class Frozen(NamedTuple):
             raise ValueError("the model has no segmentation head; use --target features")
         return asked or ("features" if self.head is None else "head")
 
+    def larger(self, image: Image.Image) -> Image.Image:
+        """An image as large as the model sees it, or with ``map_scale`` as many times larger."""
+        seen, scale = self.settings.prepare(image), self.trunk.map_scale
+        return seen if scale == 1 else image.resize([scale * side for side in seen.size], Image.Resampling.BICUBIC)
+
     def view_size(self, asked: Sequence[int] | None, image: Image.Image) -> tuple[int, int]:
-        """Height and width of a view: what is asked for, or what the model sees of an image, in whole largest patches.
+        """Height and width of a view of a ``larger`` image: what is asked for, or all of it, in whole largest patches.
 
         Raises:
             ValueError: more than two sides are asked for.
         """
         if asked and len(asked) > 2:
             raise ValueError("--view takes one side, or height and width")
-        largest = max(self.settings.thresholds)
-        sides = asked or [min(side, LARGEST_VIEW) for side in self.settings.prepare(image).size[::-1]]
+        largest = max(self.settings.thresholds) * self.trunk.map_scale
+        sides = asked or [min(side, LARGEST_VIEW) for side in self.larger(image).size[::-1]]
         height, width = (max(2, side // largest) * largest for side in (*sides, *sides)[:2])
         return height, width
 
@@ -94,8 +104,7 @@ def frozen_model(
     weights: str | None,
     sizes: Sequence[int] | None,
     longest: int | None = None,
-    merge: str = "resizing",
-    map_fill: str = "repeat",
+    **options,
 ) -> Frozen:
     """The model of a configuration file, or timm's of a name.
 
@@ -104,7 +113,7 @@ def frozen_model(
         weights: of the model; None downloads timm's.
         sizes: merged patch sizes, for timm's models.
         longest: longer side in pixels that it sees images with, instead of its own.
-        merge, map_fill: see ``AdaptiveTrunk.set_up``, for timm's models.
+        options: of ``adapt``, for timm's models; by default they have no new layers.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or what is given does not go with it.
@@ -116,11 +125,8 @@ def frozen_model(
             raise ValueError("a configuration has its own sizes; leave out --sizes")
         frozen = _of_config(name, weights)
     else:
-        frozen = _of_timm(name, weights, sizes, merge=merge, map_fill=map_fill)
-    if longest:
-        settings = PatchSettings(**{**vars(frozen.settings), "prepare": with_longest_side(longest)})
-        frozen = frozen._replace(settings=settings)
-    return frozen
+        frozen = _of_timm(name, weights, sizes, {"merge": "resizing", **options})
+    return frozen.seeing(longest) if longest else frozen
 
 
 def _of_config(config: str, weights: str) -> Frozen:
@@ -143,7 +149,7 @@ def _of_config(config: str, weights: str) -> Frozen:
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)
 
 
-def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, **options) -> Frozen:
+def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, options: dict) -> Frozen:
     """Its features are the maps after half, three quarters and all of the blocks."""
     import timm
 

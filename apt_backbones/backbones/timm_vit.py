@@ -45,7 +45,8 @@ class AdaptiveTimm(AdaptiveTrunk):
     @property
     def is_original(self) -> bool:
         """Whether timm's own code runs."""
-        return not self.thresholds and self.window_size is None and self.padding != "drop" and self.keep_prefix
+        packs = self.thresholds or self.window_size is not None or self.padding == "drop" or not self.keep_prefix
+        return not packs and self.map_scale == 1
 
     @property
     def position_grid(self) -> tuple[int, int]:
@@ -258,7 +259,16 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "norm.", "mask_token"
 # What ``adapt`` and ``AdaptiveTrunk.set_up`` leave in an instance: settings and new layers.
 _SETTINGS = (
     *("patch_size", "keep_prefix", "num_prefix", "thresholds", "scorer", "merge", "padding", "rope_position"),
-    *("map_fill", "attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std", "last_layout"),
+    *(
+        "map_fill",
+        "map_scale",
+        "attention_backend",
+        "window_size",
+        "global_blocks",
+        "pixel_mean",
+        "pixel_std",
+        "last_layout",
+    ),
     *("out_indices", "_compile_options", "_fused"),
 )
 _LAYERS = ("adaptive_embed", "map_detail")
