@@ -148,7 +148,8 @@ def _load(path: Path, changed: int) -> LearnedScorer:
     try:
         patch_size, num_sizes = int(about["patch_size"]), len(json.loads(about["sizes"]))
         width = len(weights["0.weight"])
-        net = nn.Sequential(nn.Conv2d(3, width, patch_size, patch_size), ScorerTail(width, num_sizes))
+        with torch.device("cpu"):  # whatever a model is being built on; its images decide later
+            net = nn.Sequential(nn.Conv2d(3, width, patch_size, patch_size), ScorerTail(width, num_sizes))
         net.load_state_dict(weights)
         origin = json.loads(about["origin"])
     except (KeyError, ValueError, RuntimeError) as error:

@@ -22,7 +22,7 @@ from mmengine.config import DictAction
 from tools.cli import parser_of
 from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
-from examples.report import AFTER, BEFORE, DENSE, thresholds_of, write_report
+from examples.report import AFTER, BEFORE, DENSE, listed, write_report
 from tools.machine import hardware
 from tools.results import columns, read_table
 from tools.steps import Steps, console, fingerprint, run
@@ -169,7 +169,7 @@ def page_of(task: str, content: dict, command: str) -> dict:
                 "svg": share_histogram(shares, budget),
                 "caption": (
                     f"Asked: keep {budget:.0%} of the tokens of {len(shares)} images. Found: patches are merged if "
-                    f"their {content['scorer']} score is below {thresholds_of(content)}. The smoothest image keeps "
+                    f"their {content['scorer']} score is below {listed(content)}. The smoothest image keeps "
                     f"{min(shares):.0%} of its tokens, the busiest {max(shares):.0%}."
                 ),
             },

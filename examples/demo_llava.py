@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
@@ -140,13 +141,17 @@ class Adaptation:
         state = json.loads((last_checkpoint(self.tuned) / "trainer_state.json").read_text())
         return [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
 
-    def report(self, command: str) -> dict:
-        """The comparison, as examples/report.py describes it."""
+    @property
+    def arguments(self) -> Namespace:
+        """Of the comparison."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         options = ["--thresholds", self.thresholds, "--work-dir", self.folder, "--limit", self.limit]
         options += ["--device", device, "--batch-size", 32, "--rounds", 3, "--threads", torch.get_num_threads()]
-        args = vqa.parser().parse_args([str(part) for part in [self.data, self.dense, self.tuned, *options]])
-        return {**vqa.measure(args, command), "minutes_short_finetune": self.minutes_tuned(self.tuned)}
+        return vqa.parser().parse_args([str(part) for part in [self.data, self.dense, self.tuned, *options]])
+
+    def report(self, command: str) -> dict:
+        """The comparison, as examples/report.py describes it."""
+        return {**vqa.measure(self.arguments, command), "minutes_short_finetune": self.minutes_tuned(self.tuned)}
 
 
 def show(adaptation: Adaptation, count: int) -> dict:
@@ -157,7 +162,7 @@ def show(adaptation: Adaptation, count: int) -> dict:
 
 
 def draw(adaptation: Adaptation, count: int) -> dict:
-    options = vqa.variants_of(adaptation.dense, adaptation.tuned, adaptation.thresholds)
+    options = vqa.variants_of(adaptation.arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {name: LlavaAptSimple(**options[name], device=device, dtype="float32") for name in (DENSE, AFTER)}
     records = read_records(adaptation.data / "vqa_validation.json")

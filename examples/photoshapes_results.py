@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -47,15 +47,17 @@ KEPT = ("tokens", "content_kept", "content_kept_min", "content_kept_max", "paddi
 LOGGED, SAVED = 30, 6  # times in a short fine-tune, if it has as many iterations
 ROOT = Path(__file__).parents[1]
 TASKS = ("det", "seg")
+SMALLER = {"det": 168 / 192, "seg": 136 / 160}  # images of about as many tokens, in whole patches
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a configuration tested with a checkpoint."""
+    """One line of the table: a configuration tested with a checkpoint, on images of this share of its size."""
 
     title: str
     config: str
     checkpoint: Path
+    scale: float = 1.0
 
 
 @contextlib.contextmanager
@@ -134,12 +136,13 @@ class Experiment:
         cfg.merge_from_dict(self.options)
         return cfg
 
-    def adapted(self, path: str) -> Config:
-        """The configuration with the thresholds that were found, if it has thresholds."""
+    def adapted(self, path: str, scale: float = 1.0) -> Config:
+        """The configuration with the thresholds that were found, if it has thresholds; for images of another scale."""
         cfg = self.config(path)
         if "thresholds" in cfg.model.backbone:
-            cfg.model.backbone.thresholds = self.calibration["thresholds"]
-        return cfg
+            calibration = self.calibration_of_learned if path == self.path("learned") else self.calibration
+            cfg.model.backbone.thresholds = calibration["thresholds"]
+        return rescaled(cfg, scale) if scale != 1 else cfg
 
     # ------------------------------------------------------------------------------------------- steps
 
@@ -152,10 +155,18 @@ class Experiment:
     @cached_property
     def calibration(self) -> dict:
         """``thresholds`` by size, and the ``shares`` of their tokens that the validation images then keep."""
-        cfg = self.config(self.path("apt"))
+        return self._calibration("apt")
+
+    @cached_property
+    def calibration_of_learned(self) -> dict:
+        """The same with the learned scorer."""
+        return self._calibration("learned")
+
+    def _calibration(self, method: str) -> dict:
+        cfg = self.config(self.path(method))
         inputs = {"config": digest(cfg.to_dict()), "removed": self.removed}
-        title = f"thresholds that keep {1 - self.removed:.0%} of the content tokens"
-        found = self.steps.run("thresholds", title, inputs, lambda: calibrate(cfg, self.removed))
+        title = f"thresholds of the {method} configuration that keep {1 - self.removed:.0%} of the content tokens"
+        found = self.steps.run(f"thresholds_{method}", title, inputs, lambda: calibrate(cfg, self.removed))
         return {**found, "thresholds": {int(size): value for size, value in found["thresholds"].items()}}
 
     @cached_property
@@ -182,10 +193,12 @@ class Experiment:
         path, dense, tuned = self.path, self.dense, self.tuned
         rows = [
             Row(DENSE, path("dense"), dense),
+            Row("dense, smaller images", path("dense"), dense, SMALLER[self.task]),
             Row("random", path("random"), dense),
             Row("resizing", path("resizing"), dense),
             Row(BEFORE, path("apt"), dense),
             Row(AFTER, path("apt"), tuned),
+            Row("learned scorer, interpolated maps", path("learned"), dense),
         ]
         if self.has_rectangles:
             rows.insert(1, Row("dense, not padded to a square", path("dense", rectangle=True), dense))
@@ -229,6 +242,7 @@ class Experiment:
             "measured_on": f"PhotoShapes' {len(self.calibration['shares'])} validation images",
             "scorer": scorer_of(self.config(self.path("apt"))),
             "thresholds": self.calibration["thresholds"],
+            "learned_thresholds": self.calibration_of_learned["thresholds"],
             "minutes_dense": minutes_trained(self.dense) if self.trains_dense else None,
             "minutes_short_finetune": minutes_trained(self.tuned),
             "rows": [
@@ -237,6 +251,7 @@ class Experiment:
                     "config": row.config,
                     "metrics": {title: metrics[name] * scale for name, (title, scale) in titles if name in metrics},
                     **{k: metrics.get(k) for k in KEPT},
+                    "content_kept": metrics["content_kept"] * row.scale**2,
                     "per_second": 1 / self.seconds[row.title],
                 }
                 for row, metrics in found.items()
@@ -251,10 +266,13 @@ class Experiment:
 
     def inputs(self, row: Row) -> dict[str, str]:
         """What the results of a row depend on."""
-        return {"config": digest(self.adapted(row.config).to_dict()), "checkpoint": fingerprint(row.checkpoint)}
+        return {
+            "config": digest(self.adapted(row.config, row.scale).to_dict()),
+            "checkpoint": fingerprint(row.checkpoint),
+        }
 
     def runner(self, row: Row) -> Runner:
-        cfg = self.adapted(row.config)
+        cfg = self.adapted(row.config, row.scale)
         cfg.update(load_from=str(row.checkpoint), work_dir=str(self.work_dir / "tests"))
         return build(cfg)
 
@@ -264,6 +282,23 @@ class Experiment:
         runner.load_or_resume()
         runner.model.eval()
         return runner
+
+
+def rescaled(cfg: Config, scale: float) -> Config:
+    """The test of a configuration with images, crops and padding of another scale."""
+
+    def sides(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(round(scale * value) for value in values)
+
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if "scale" in step:
+            step.scale = sides(step.scale)
+    preprocessor, test_cfg = cfg.model.data_preprocessor, cfg.model.test_cfg
+    if "pad_size_divisor" in preprocessor:
+        (preprocessor.pad_size_divisor,) = sides([preprocessor.pad_size_divisor])
+    if "crop_size" in test_cfg:
+        test_cfg.update(crop_size=sides(test_cfg.crop_size), stride=sides(test_cfg.stride))
+    return cfg
 
 
 def build(cfg: Config) -> Runner:

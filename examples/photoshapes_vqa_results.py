@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Table of LLaVA on PhotoShapes' questions, scored by lmms-eval: dense, random, resizing, APT before and after tuning.
+"""Table of LLaVA on PhotoShapes' questions, scored by lmms-eval: dense, smaller images, random, resizing, APT.
 
 examples:
   python examples/photoshapes_vqa_results.py data/photoshapes_big work_dirs/llava_dense work_dirs/llava_apt
@@ -14,8 +14,10 @@ nothing that is finished and whose inputs (checkpoints, data, settings, code) ar
 import argparse
 import contextlib
 import functools
+import json
 import os
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -28,10 +30,13 @@ import torch
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llava_apt
 from tools.cli import parser_of
+from apt_backbones.files import write_atomically
+from apt_backbones.resample import resample_positions
 from examples.report import AFTER, BEFORE, DENSE, write_report
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
@@ -134,16 +139,42 @@ def load(data: Path, name: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def variants_of(dense: Path, new_layers: Path, thresholds: str) -> dict[str, dict]:
+def smaller(dense: Path, side: int, folder: Path) -> Path:
+    """The dense model for images of another side in pixels: its positions are resampled."""
+    config, processor = (json.loads((dense / name).read_text()) for name in ("config.json", "processor_config.json"))
+    weights = load_file(dense / "model.safetensors")
+    name = next(name for name in weights if name.endswith("vision_tower.embeddings.position_embedding.weight"))
+    vision = config["vision_config"]
+    before, after = (pixels // vision["patch_size"] for pixels in (vision["image_size"], side))
+    first, rest = weights[name][:1], weights[name][1:].unflatten(0, (before, before))
+    weights[name] = torch.cat([first, resample_positions(rest, (after, after), antialias=True).flatten(0, 1)])
+    vision["image_size"], config["image_seq_length"] = side, after**2
+    processor["image_processor"] |= {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
+    shutil.copytree(dense, folder, dirs_exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for file, content in (("config.json", config), ("processor_config.json", processor)):
+        write_atomically(folder / file, json.dumps(content))
+    return folder
+
+
+def variants_of(args: argparse.Namespace) -> dict[str, dict]:
     """Arguments of ``LlavaAptSimple`` for every line of the table."""
-    merged = dict(pretrained=str(dense), thresholds=thresholds)
-    return {
-        DENSE: dict(pretrained=str(dense), thresholds="off"),
+    merged = dict(pretrained=str(args.dense), thresholds=args.thresholds)
+    variants = {DENSE: dict(pretrained=str(args.dense), thresholds="off")}
+    for side in args.smaller:
+        folder = smaller(args.dense, side, args.work_dir / f"dense_{side}")
+        variants[f"{DENSE}, {side} px"] = dict(pretrained=str(folder), thresholds="off")
+    variants |= {
         "random": dict(merge="random", **merged),
         "resizing": dict(merge="resizing", **merged),
         BEFORE: merged,
-        AFTER: dict(new_layers=str(new_layers), **merged),
+        AFTER: dict(new_layers=str(args.new_layers), **merged),
     }
+    if args.learned:
+        scorer, thresholds = args.learned
+        learned = dict(pretrained=str(args.dense), merge="resizing", scorer=scorer, thresholds=thresholds)
+        variants["resizing, learned scorer"] = learned
+    return variants
 
 
 def measure(args: argparse.Namespace, command: str) -> dict:
@@ -162,6 +193,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
         "code": fingerprint(*CODE, pattern="*.py"),
         "versions": versions,
         "thresholds": args.thresholds,
+        "learned": args.learned and [fingerprint(args.learned[0]), args.learned[1]],
         "batch size": args.batch_size,
         "machine": hardware(args.device),
     }
@@ -170,7 +202,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
     if missing := set(TYPES) - {record["question_type"] for record in records}:
         raise ValueError(f"the first {len(records)} questions lack {', '.join(sorted(missing))}; raise --limit")
     names = sorted({record["image"] for record in records})
-    options = variants_of(args.dense, layers, args.thresholds)
+    options = variants_of(args)
 
     def model(name: str) -> LlavaAptSimple:
         return LlavaAptSimple(**options[name], batch_size=args.batch_size, device=args.device, dtype="float32")
@@ -216,6 +248,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
         "measured_on": f"{len(records)} questions about {len(names)} of PhotoShapes' validation images",
         "scorer": LlavaAptProcessor.from_pretrained(args.dense).image_processor.scorer,
         "thresholds": parse_thresholds(args.thresholds),
+        "learned_thresholds": parse_thresholds(args.learned[1]) if args.learned else None,
         "minutes_dense": None,
         "minutes_short_finetune": None,
         "rows": [*rows, {"title": MAJORITY, "metrics": majority(args.data, args.limit)}],
@@ -229,6 +262,8 @@ def parser() -> argparse.ArgumentParser:
     add("dense", type=Path, help="checkpoint that examples/train_photoshapes_vqa.py made")
     add("new_layers", type=Path, help="folder or file that llava_apt.finetune made from it")
     add("--thresholds", default="28=4.5", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
+    add("--learned", nargs=2, metavar=("SCORER", "PIXELS=NATS"), help="a learned scorer's file, and its thresholds")
+    add("--smaller", nargs="*", type=int, default=[], metavar="PIXELS", help="sides of smaller images, dense")
     add("--output", type=Path, default=Path("docs/results/photoshapes_vqa.json"), help="(%(default)s)")
     add("--work-dir", type=Path, default=Path("work_dirs/vqa"), help="for what is finished (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")

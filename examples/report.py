@@ -2,7 +2,7 @@
 
 A report has the ``rows`` that tools.results reads, and ``task``, ``command``, ``hardware``, ``versions``,
 ``measured_on``, ``scorer``, ``thresholds`` (size -> threshold), ``minutes_dense`` and ``minutes_short_finetune`` (None
-where they are not known).
+where they are not known), and where a learned scorer was measured ``learned_thresholds``.
 """
 
 import json
@@ -29,12 +29,13 @@ def markdown_of(path: Path) -> str:
     facts = [
         f"Measured on {report['measured_on']}",
         f"Hardware: {report['hardware']}",
-        f"Thresholds ({report['scorer']}): {thresholds_of(report)}",
+        f"Thresholds ({report['scorer']}): {listed(report['thresholds'])}",
+        *([f"Of the learned scorer: {listed(learned)}"] if (learned := report.get("learned_thresholds")) else []),
         *([", ".join(trained).capitalize()] if trained else []),
         f"Command: `python {report['command']}`",
     ]
     return f"{markdown(columns(read_table(path), digits=1))}\n{'. '.join(facts)}.\n"
 
 
-def thresholds_of(report: dict) -> str:
-    return ", ".join(f"{value:g} at {size} px" for size, value in report["thresholds"].items())
+def listed(thresholds: dict) -> str:
+    return ", ".join(f"{value:g} at {size} px" for size, value in thresholds.items())

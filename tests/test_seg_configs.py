@@ -14,6 +14,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from apt_backbones.freeze import is_new
+from tests.scorers import give_scorer
 from tests.scripts import ROOT, run_script
 
 CONFIGS = sorted((ROOT / "seg_configs").glob("*.py"))
@@ -54,13 +55,14 @@ def _plain_config_text(monkeypatch):
 def small(path: Path, data: Path, work_dir: Path) -> Config:
     """A config at a scale for tests: narrow, crops of 64 pixels, the images above, two iterations, on the CPU."""
     cfg = Config.fromfile(path)
+    give_scorer(cfg, work_dir)
     cfg.work_dir = str(work_dir)
     cfg.load_from = None
     model = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
     model.data_preprocessor.size = (CROP, CROP)
     if model.backbone.type == "APTTimm":
         width = 384
-        model.backbone.update(model=model.backbone.model.replace("base", "small").split(".")[0])
+        model.backbone.update(model=model.backbone.model.replace("base", "small").split(".")[0], checkpoint=None)
     else:
         width = 48
         model.backbone.update(img_size=CROP, pretrain_img_size=CROP, embed_dim=48, depth=4, num_heads=3)
@@ -104,8 +106,9 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("path", ADE20K, ids=names(ADE20K))
-def test_ade20k_models_are_the_published_ones(path):
+def test_ade20k_models_are_the_published_ones(path, tmp_path):
     cfg = Config.fromfile(path)
+    give_scorer(cfg, tmp_path)
     init_default_scope("mmseg")
     model_cfg = cfg.model.module if cfg.model.type == "SegTTAModel" else cfg.model
     with torch.device("meta"):
@@ -125,13 +128,15 @@ def test_ade20k_models_are_the_published_ones(path):
         ("l", 640): (1536, 1536),
     }[letter, crop]
     variant = path.stem.split("_")[2]
-    assert model.backbone.thresholds == ({} if variant == "dense" else {32: 5.75})
-    assert model.backbone.merge == ("apt" if variant == "dense" else variant)
+    assert model.backbone.thresholds == {"dense": {}, "learned": {32: 0.02}}.get(variant, {32: 5.75})
+    assert model.backbone.merge == {"dense": "apt", "learned": "resizing"}.get(variant, variant)
+    assert model.backbone.map_fill == ("interpolate" if variant == "learned" else "repeat")
 
 
 @pytest.mark.parametrize("path", TIMM, ids=names(TIMM))
-def test_timm_models_fit_their_heads(path):
+def test_timm_models_fit_their_heads(path, tmp_path):
     cfg = Config.fromfile(path)
+    give_scorer(cfg, tmp_path)
     init_default_scope("mmseg")
     with torch.device("meta"):
         model = MODELS.build(cfg.model).eval()
@@ -141,7 +146,9 @@ def test_timm_models_fit_their_heads(path):
     assert timm.get_pretrained_cfg(cfg.model.backbone.model, allow_unregistered=False) is not None
     assert model.backbone.norm == is_linear
     patch = trunk.patch_size
-    assert trunk.thresholds == ({2 * patch: 5.75} if "_apt_" in path.stem else {})
+    is_learned = "_learned_" in path.stem
+    assert trunk.thresholds == ({2 * patch: 5.75} if "_apt_" in path.stem else {2 * patch: 0.02} if is_learned else {})
+    assert trunk.map_scale == (2 if is_learned else 1), "only linear heads have such configurations"
     if is_linear:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert all(is_new(name) if "_apt_" in path.stem else name.startswith("decode_head") for name in trained)
@@ -167,7 +174,8 @@ def test_adaptive_configs_short_finetune_and_the_others_do_not(path):
 # ------------------------------------------------------------------------------------------- that they run
 
 
-RUN = [*ADE20K, *PHOTOSHAPES, *(path for path in TIMM if path.stem in ("dinov3_b_apt_512", "dinov2_b_linear_apt_512"))]
+TIMM_RUN = ("dinov3_b_apt_512", "dinov2_b_linear_apt_512", "dinov2_b_linear_learned_512")
+RUN = [*ADE20K, *PHOTOSHAPES, *(path for path in TIMM if path.stem in TIMM_RUN)]
 
 
 @pytest.mark.parametrize("path", RUN, ids=names(RUN))
@@ -181,12 +189,14 @@ def test_trains_and_slides_at_a_small_scale(path, data, tmp_path):
     assert 0 <= metrics["mIoU"] <= 100
     if "dense" in path.stem:
         assert metrics["content_kept"] == 1
-    else:
+    elif "learned" not in path.stem:  # a random scorer is used
         assert metrics["content_kept"] < 1
     model = runner.model.module if is_multi_scale else runner.model
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if "_apt_" in path.stem:
         assert trained and all(is_new(name) for name in trained)
+    elif "linear" in path.stem:
+        assert trained and all(name.startswith("decode_head") for name in trained)
     else:
         assert len(trained) == len(list(model.parameters()))
 

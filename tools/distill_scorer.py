@@ -6,6 +6,7 @@ examples:
       --resize 518 --out scorer.safetensors
   python tools/distill_scorer.py seg_configs/eva02_tiny_apt_photoshapes.py --images data/photoshapes/images/training \\
       --weights seg_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors --out scorer.safetensors
+  python tools/distill_scorer.py llava-1.5-7b-hf/ --images coco/train2017 --out scorer.safetensors
 
 The scorer predicts how much the dense model's output differs within a patch. That output is what a segmenter's head
 says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target features; all other
@@ -97,7 +98,7 @@ def main() -> None:
     views = ViewSettings(frozen.view_size(args.view, read_rgb(paths[0])), copies=args.copies, seed=args.seed)
     origin = {
         "model": args.model,
-        "weights": steps.fingerprint(args.weights) if args.weights else "timm's",
+        "weights": steps.fingerprint(args.weights) if args.weights else "its own",
         "target": target,
         **({} if target == "head" else {"prototypes": args.prototypes}),
         "images": len(paths),

@@ -1,4 +1,5 @@
-"""A frozen model whose outputs other layers are trained on without labels: an mm configuration's, or a timm ViT."""
+"""A frozen model whose outputs other layers are trained on without labels: of an mm configuration, a LLaVA's vision
+tower, or a timm ViT."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ LARGEST_VIEW = 512
 def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """The flags of a tool that trains ``what`` on a frozen model's outputs."""
     add = parser.add_argument
-    add("model", help="configuration of an adaptive detector or segmenter, or the name of a timm ViT")
+    add("model", help="configuration of an adaptive model, folder of a LLaVA, or name of a timm ViT")
     add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
     add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
@@ -106,26 +107,31 @@ def frozen_model(
     longest: int | None = None,
     **options,
 ) -> Frozen:
-    """The model of a configuration file, or timm's of a name.
+    """The model of a configuration file, the vision tower of a LLaVA's folder, or timm's model of a name.
 
     Args:
-        name: of the file, or of the model.
-        weights: of the model; None downloads timm's.
-        sizes: merged patch sizes, for timm's models.
+        name: of the file, folder or model.
+        weights: of the model; None downloads timm's. A folder holds its own.
+        sizes: merged patch sizes, for all but configurations.
         longest: longer side in pixels that it sees images with, instead of its own.
-        options: of ``adapt``, for timm's models; by default they have no new layers.
+        options: of ``adapt``, for all but configurations; by default there are no new layers.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or what is given does not go with it.
     """
-    if Path(name).suffix == ".py":
+    options = {"merge": "resizing", **options}
+    if Path(name).is_dir():
+        if weights:
+            raise ValueError("the folder of a LLaVA holds its weights; leave out --weights")
+        frozen = _of_llava(name, sizes, options)
+    elif Path(name).suffix == ".py":
         if not weights:
             raise ValueError("a configuration needs --weights")
         if sizes:
             raise ValueError("a configuration has its own sizes; leave out --sizes")
         frozen = _of_config(name, weights)
     else:
-        frozen = _of_timm(name, weights, sizes, {"merge": "resizing", **options})
+        frozen = _of_timm(name, weights, sizes, options)
     return frozen.seeing(longest) if longest else frozen
 
 
@@ -153,23 +159,34 @@ def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, option
     """Its features are the maps after half, three quarters and all of the blocks."""
     import timm
 
-    from apt_backbones import adapt, read_checkpoint
+    from apt_backbones import read_checkpoint
     from apt_backbones.backbones.timm_vit import load_timm
 
     if name not in timm.list_models():
-        raise ValueError(f"{name} is neither a configuration file nor a model of timm's")
+        raise ValueError(f"{name} is neither a configuration file, nor a folder, nor a model of timm's")
     vit = timm.create_model(name, pretrained=weights is None, num_classes=0, dynamic_img_size=True)
+    depth, longest = len(vit.blocks), max(vit.patch_embed.img_size)
+    out_indices = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
+    if weights is not None:
+        load_timm(vit, read_checkpoint(weights))
+    return _of_vit(vit, sizes, with_longest_side(longest), {"out_indices": out_indices, **options})
+
+
+def _of_llava(folder: str, sizes: Sequence[int] | None, options: dict) -> Frozen:
+    """Its vision tower; the features are those that the language model gets, before they are projected."""
+    from llava_apt.timm_tower import timm_tower
+
+    return _of_vit(timm_tower(Path(folder)), sizes, settings_of(folder).prepare, options)
+
+
+def _of_vit(vit: nn.Module, sizes: Sequence[int] | None, prepare: Callable, options: dict) -> Frozen:
+    from apt_backbones import adapt
+
     patch_size = vit.patch_embed.patch_size[0]
     sizes = check_sizes(sorted(sizes or [2 * patch_size]))
-    longest = max(vit.patch_embed.img_size)
-    depth = len(vit.blocks)
-    options["out_indices"] = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
     trunk = adapt(vit, dict.fromkeys(sizes, 0.0), **options).eval()
-    if weights is not None:
-        load_timm(trunk, read_checkpoint(weights))
 
     def features(images: Tensor) -> Tensor:
         return torch.cat(trunk.feature_maps(images, norm=True), 1)
 
-    settings = PatchSettings(patch_size, dict(trunk.thresholds), "entropy", with_longest_side(longest))
-    return Frozen(trunk, trunk, settings, features, None)
+    return Frozen(trunk, trunk, PatchSettings(patch_size, dict(trunk.thresholds), "entropy", prepare), features, None)

@@ -43,4 +43,12 @@ test_evaluator = val_evaluator
 # the content's tokens. Scored by the Laplacian: entropy is low where two plain colours meet, as they do at many borders
 # of PhotoShapes' objects, and patches merged across a border cost precision.
 adaptive = dict(_delete_=True, scorer="laplacian", thresholds={16: 0.0155, 32: 0.0046})
+# From the dense model's features (tools/distill_scorer.py); calibrated to as many tokens.
+learned = dict(
+    _delete_=True,
+    scorer="det_configs/checkpoints/eva02_tiny_scorer_photoshapes.safetensors",
+    thresholds={16: 0.1, 32: 0.1},
+    merge="resizing",
+    map_fill="interpolate",
+)
 del changes

@@ -51,6 +51,12 @@ test_evaluator = val_evaluator
 # budget on your images.
 adaptive = dict(thresholds={32: 5.75})
 adaptive_14 = dict(thresholds={28: 5.75})
+# What measurements favour instead (docs/learned_scorer.md): patches chosen by a scorer that tools/distill_scorer.py
+# makes from the dense model and your images, and interpolated maps; nothing is trained with labels. The threshold, in
+# the scorer's nats, is that which keeps 75 % of CamVid's tokens without a loss; tools/calibrate.py finds yours.
+recommended = dict(scorer="checkpoints/scorer.safetensors", merge="resizing", map_fill="interpolate")
+learned = dict(**recommended, thresholds={32: 0.02})
+learned_14 = dict(**recommended, thresholds={28: 0.02})
 
 # Multi-scale and mirrored, for --tta and the _ms configs. Scales are relative to the single-scale test's.
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]

@@ -51,3 +51,10 @@ test_evaluator = val_evaluator
 # where two plain colours meet, as they do at many borders of PhotoShapes' objects, and a patch merged across a border
 # blurs it.
 adaptive = dict(scorer="laplacian", thresholds={8: 0.02})
+# From the dense model's own probabilities (tools/distill_scorer.py); calibrated to as many tokens.
+learned = dict(
+    scorer="seg_configs/checkpoints/eva02_tiny_scorer_photoshapes.safetensors",
+    thresholds={8: 0.001},
+    merge="resizing",
+    map_fill="interpolate",
+)

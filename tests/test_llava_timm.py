@@ -1,0 +1,74 @@
+"""LLaVA's vision tower as a timm ViT: the same network, so that the label-free tools work on it."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from apt_backbones import adapt
+from apt_backbones.learned import load_scorer
+from llava_apt import LlavaAptForConditionalGeneration, load_new_layers
+from llava_apt.timm_tower import timm_tower
+from tests.llava_tiny import CELLS, PATCH, SIDE, photo
+from tests.scripts import run_script
+
+
+@pytest.fixture
+def images(tmp_path):
+    for number in range(10):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        photo(number, flat=number / 10).resize((160, 120), Image.Resampling.BICUBIC).save(
+            tmp_path / f"images/{number}.png"
+        )
+    return tmp_path / "images"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("thresholds", [{}, {2 * PATCH: 2.0}])
+def test_it_says_what_the_language_model_gets(checkpoint, thresholds):
+    pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    pixels[..., : SIDE // 2] = 0
+    llava = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, thresholds=thresholds).eval()
+    tower = llava.model.vision_tower(pixels, output_hidden_states=True)
+    expected = tower.layout.to_sequence(tower.hidden_states[llava.config.vision_feature_layer][0])
+    ours = adapt(timm_tower(checkpoint), thresholds).forward_features(pixels)
+    assert ours.shape == (2, 1 + CELLS, 32)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scorer_and_new_layers_come_without_labels(checkpoint, images, tmp_path, monkeypatch):
+    common = [checkpoint, "--images", images, "--device", "cpu"]
+    scorer = tmp_path / "scorer.safetensors"
+    short = ["--epochs", 1, "--copies", 1, "--prototypes", 4, "--out", scorer]
+    run_script(monkeypatch, "tools/distill_scorer.py", *common, *short)
+    assert load_scorer(scorer).sizes == (2 * PATCH,)
+    layers = tmp_path / "layers.safetensors"
+    short = ["--keep", 0.6, "--scorer", scorer, "--iterations", 3, "--batch", 1, "--rate", 0.1, "--out", layers]
+    run_script(monkeypatch, "tools/finetune_features.py", *common, *short)
+    trained = load_file(layers)
+    llava = LlavaAptForConditionalGeneration.from_pretrained(
+        checkpoint, thresholds={2 * PATCH: 0.1}, scorer=str(scorer)
+    )
+    load_new_layers(llava, layers)
+    weight = llava.model.vision_tower.adaptive_embed.zero_mlp.weight
+    assert weight.any() and torch.equal(weight, trained["zero_mlp.weight"])
+
+
+def test_other_folders_are_refused(checkpoint, tmp_path, monkeypatch):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist; give the folder of a LLaVA"):
+        timm_tower(tmp_path)
+    with pytest.raises(SystemExit, match="leave out --weights"):
+        run_script(
+            monkeypatch,
+            "tools/distill_scorer.py",
+            checkpoint,
+            "--images",
+            ".",
+            "--weights",
+            "x",
+            "--out",
+            "a.safetensors",
+        )
