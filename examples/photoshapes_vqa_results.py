@@ -14,10 +14,8 @@ nothing that is finished and whose inputs (checkpoints, data, settings, code) ar
 import argparse
 import contextlib
 import functools
-import json
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -30,12 +28,13 @@ import torch
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlavaConfig, LlavaProcessor
 
 import llava_apt
 from tools.cli import parser_of
-from apt_backbones.files import write_atomically
+from apt_backbones.distill import save_tensors
 from apt_backbones.resample import resample_positions
 from examples.report import AFTER, BEFORE, DENSE, write_report
 from llava_apt import LlavaAptProcessor
@@ -141,19 +140,19 @@ def load(data: Path, name: str) -> Image.Image:
 
 def smaller(dense: Path, side: int, folder: Path) -> Path:
     """The dense model for images of another side in pixels: its positions are resampled."""
-    config, processor = (json.loads((dense / name).read_text()) for name in ("config.json", "processor_config.json"))
-    weights = load_file(dense / "model.safetensors")
-    name = next(name for name in weights if name.endswith("vision_tower.embeddings.position_embedding.weight"))
-    vision = config["vision_config"]
-    before, after = (pixels // vision["patch_size"] for pixels in (vision["image_size"], side))
+    config, processor = LlavaConfig.from_pretrained(dense), LlavaProcessor.from_pretrained(dense)
+    weights, vision = load_file(dense / "model.safetensors"), config.vision_config
+    name = next(n for n in weights if "vision_tower." in n and n.endswith("position_embedding.weight"))
+    before, after = (pixels // vision.patch_size for pixels in (vision.image_size, side))
     first, rest = weights[name][:1], weights[name][1:].unflatten(0, (before, before))
     weights[name] = torch.cat([first, resample_positions(rest, (after, after), antialias=True).flatten(0, 1)])
-    vision["image_size"], config["image_seq_length"] = side, after**2
-    processor["image_processor"] |= {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
-    shutil.copytree(dense, folder, dirs_exist_ok=True)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    for file, content in (("config.json", config), ("processor_config.json", processor)):
-        write_atomically(folder / file, json.dumps(content))
+    vision.image_size, config.image_seq_length = side, after**2
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    save_tensors(folder / "model.safetensors", weights)
     return folder
 
 
@@ -174,6 +173,9 @@ def variants_of(args: argparse.Namespace) -> dict[str, dict]:
         scorer, thresholds = args.learned
         learned = dict(pretrained=str(args.dense), merge="resizing", scorer=scorer, thresholds=thresholds)
         variants["resizing, learned scorer"] = learned
+        if args.learned_layers:
+            tuned = {**learned, "merge": "apt", "new_layers": str(args.learned_layers)}
+            variants["APT, learned scorer, tuned without labels"] = tuned
     return variants
 
 
@@ -194,6 +196,7 @@ def measure(args: argparse.Namespace, command: str) -> dict:
         "versions": versions,
         "thresholds": args.thresholds,
         "learned": args.learned and [fingerprint(args.learned[0]), args.learned[1]],
+        "learned layers": args.learned_layers and fingerprint(args.learned_layers),
         "batch size": args.batch_size,
         "machine": hardware(args.device),
     }
@@ -263,6 +266,7 @@ def parser() -> argparse.ArgumentParser:
     add("new_layers", type=Path, help="folder or file that llava_apt.finetune made from it")
     add("--thresholds", default="28=4.5", metavar="PIXELS=BITS", help="as fine-tuned with (%(default)s)")
     add("--learned", nargs=2, metavar=("SCORER", "PIXELS=NATS"), help="a learned scorer's file, and its thresholds")
+    add("--learned-layers", type=Path, metavar="FILE", help="new layers that were trained with it without labels")
     add("--smaller", nargs="*", type=int, default=[], metavar="PIXELS", help="sides of smaller images, dense")
     add("--output", type=Path, default=Path("docs/results/photoshapes_vqa.json"), help="(%(default)s)")
     add("--work-dir", type=Path, default=Path("work_dirs/vqa"), help="for what is finished (%(default)s)")

@@ -13,10 +13,12 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 from examples import photoshapes_vqa_results
 from examples.report import AFTER, BEFORE, DENSE
 from llava_apt.lmms_eval_plugin import MANIFEST, LlavaAptChat, LlavaAptSimple, parse_thresholds
+from llava_apt.new_layers import FILE_NAME
 from llava_apt.prompt import question_prompt
 from tools import compare
 
-from .llava_tiny import CELLS, photo
+from .llava_tiny import CELLS, PATCH, photo
+from .scorers import save_scorer
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,11 +167,16 @@ def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, mon
     save_new_layers(tuned, tmp_path)
     arguments = [data, checkpoint, tmp_path, "--thresholds", "28=2", "--output", tmp_path / "results.json"]
     arguments += ["--rounds", 1, "--speed-samples", 4, "--work-dir", tmp_path / "work"]
+    scorer = save_scorer(tmp_path / "scorer.safetensors", PATCH)
+    arguments += ["--learned", scorer, "28=1", "--learned-layers", tmp_path / FILE_NAME, "--smaller", 84]
     monkeypatch.setattr("sys.argv", ["results", *map(str, arguments)])
     photoshapes_vqa_results.main()
     report = json.loads((tmp_path / "results.json").read_text())
     rows = {row["title"]: row for row in report["rows"]}
-    assert list(rows) == [DENSE, "random", "resizing", BEFORE, AFTER, "most frequent answer"]
+    learned, unlabelled, small = "resizing, learned scorer", "APT, learned scorer, tuned without labels", "dense, 84 px"
+    of_paper = [DENSE, small, "random", "resizing", BEFORE, AFTER]
+    assert list(rows) == [*of_paper, learned, unlabelled, "most frequent answer"]
+    assert rows[small]["tokens"] == 36 and rows[learned]["tokens"] == rows[unlabelled]["tokens"] < CELLS
     assert rows["resizing"]["metrics"] == rows[BEFORE]["metrics"]  # ZeroMLP starts at zero
     assert rows[DENSE]["tokens"] == CELLS and rows[DENSE]["content_kept"] == 1
     assert len({rows[name]["tokens"] for name in ("random", "resizing", BEFORE, AFTER)}) == 1
