@@ -49,7 +49,7 @@ class ClassStudy(Study):
     """
 
     def __init__(self, folder: Path, scorer: Path | None, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, (11,))
+        super().__init__(weights, work_dir, dtype, (-1,))
         self.folder, self.scorer = folder, scorer
         self.labels = torch.cat([torch.tensor(ImageFolder(folder / split).targets) for split in SPLITS])
 
