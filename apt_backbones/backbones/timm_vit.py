@@ -259,17 +259,8 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "norm.", "mask_token"
 # What ``adapt`` and ``AdaptiveTrunk.set_up`` leave in an instance: settings and new layers.
 _SETTINGS = (
     *("patch_size", "keep_prefix", "num_prefix", "thresholds", "scorer", "merge", "padding", "rope_position"),
-    *(
-        "map_fill",
-        "map_scale",
-        "attention_backend",
-        "window_size",
-        "global_blocks",
-        "pixel_mean",
-        "pixel_std",
-        "last_layout",
-    ),
-    *("out_indices", "_compile_options", "_fused"),
+    *("map_fill", "map_scale", "attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std"),
+    *("last_layout", "out_indices", "_compile_options", "_fused"),
 )
 _LAYERS = ("adaptive_embed", "map_detail")
 
