@@ -49,7 +49,8 @@ LEVELS = (7, 14, 28, 56, 112)  # strides; the coarsest is for objects that fill 
 CHANNELS, EPOCHS, BATCH, RATE = 96, 8, 8, 1e-3
 SEEDS = (0,)
 DRAWS = 50  # samples of the test images for the error bar
-KINDS = ("mAP", "small", "medium", "large", "person")
+KINDS = ("mAP", "small", "medium", "large", "person", "any class")
+WITH_ERRORS = ("mAP", "person", "any class")
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 SHARD = 64
 
@@ -296,8 +297,9 @@ def detections_of(detector: Detector, maps: Tensor, sample: DetDataSample) -> li
 
 
 def average_precisions(coco: COCO, image_ids: Sequence[int], lines: Sequence[Sequence[float]], draws: int) -> dict:
-    """COCO's box AP in percent: of all classes, of small, medium and large objects, of persons; and for the error bar
-    the AP of all classes and of persons in samples of the images drawn with replacement.
+    """COCO's box AP in percent: of all classes, of small, medium and large objects, of persons, and of objects of
+    whatever class (``any class``, which has the least error); and for the error bar those of ``WITH_ERRORS`` in
+    samples of the images drawn with replacement.
 
     Args:
         lines: image id, x, y, width, height, score, class of every detection.
@@ -307,26 +309,34 @@ def average_precisions(coco: COCO, image_ids: Sequence[int], lines: Sequence[Seq
     detections = np.array(lines, np.float64).reshape(-1, 7)
     detections[:, 6] = np.array(categories)[detections[:, 6].astype(int)]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
-        evaluation.params.imgIds = list(image_ids)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        precision = evaluation.eval["precision"]  # (thresholds, recalls, classes, areas, most detections)
-        person = categories.index(next(c["id"] for c in coco.dataset["categories"] if c["name"] == "person"))
-        result = {
-            name: _mean(precision[..., area, -1]) for area, name in enumerate(("mAP", "small", "medium", "large"))
-        }
-        result["person"] = _mean(precision[:, :, person, 0, -1])
-        result["draws"] = []
-        areas, count = len(evaluation.params.areaRng), len(image_ids)
-        whole, chance = np.array(evaluation.evalImgs, object).reshape(len(categories), areas, count), random.Random(0)
-        evaluation._paramsEval.areaRng = evaluation.params.areaRng = evaluation.params.areaRng[:1]
-        for _ in range(draws):
-            evaluation.evalImgs = list(whole[:, :1, chance.choices(range(count), k=count)].flatten())
-            evaluation.accumulate()
-            precision = evaluation.eval["precision"][..., 0, -1]
-            result["draws"].append([_mean(precision), _mean(precision[:, :, person])])
+        found = coco.loadRes(detections)
+        precision, by_class = _evaluate(COCOeval(coco, found, "bbox"), image_ids, draws)
+        of_any = COCOeval(coco, found, "bbox")
+        of_any.params.useCats = 0
+        precision_of_any, any_class = _evaluate(of_any, image_ids, draws)
+    person = categories.index(next(c["id"] for c in coco.dataset["categories"] if c["name"] == "person"))
+    result = {name: _mean(precision[..., area]) for area, name in enumerate(("mAP", "small", "medium", "large"))}
+    result |= {"person": _mean(precision[:, :, person, 0]), "any class": _mean(precision_of_any[..., 0])}
+    pairs = zip(by_class, any_class)
+    result["draws"] = [[_mean(of_all), _mean(of_all[:, :, person]), _mean(any_)] for of_all, any_ in pairs]
     return result
+
+
+def _evaluate(evaluation: COCOeval, image_ids: Sequence[int], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Precisions (thresholds, recalls, classes, areas) with the most detections, and of every sample of the images
+    those of objects of any area (thresholds, recalls, classes)."""
+    evaluation.params.imgIds = list(image_ids)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision, samples = evaluation.eval["precision"][..., -1], []
+    areas, count = len(evaluation.params.areaRng), len(image_ids)
+    whole, chance = np.array(evaluation.evalImgs, object).reshape(-1, areas, count), random.Random(0)
+    evaluation._paramsEval.areaRng = evaluation.params.areaRng = evaluation.params.areaRng[:1]
+    for _ in range(draws):
+        evaluation.evalImgs = list(whole[:, :1, chance.choices(range(count), k=count)].flatten())
+        evaluation.accumulate()
+        samples.append(evaluation.eval["precision"][..., 0, -1])
+    return precision, samples
 
 
 def _mean(precision: np.ndarray) -> float:
@@ -379,7 +389,7 @@ def gains(measured: dict[Setting, dict]) -> list[dict]:
         entry["errors"] = None
         if entry["mAP"][1] is not None:
             entry["errors"] = {}
-            for which, name in enumerate(("mAP", "person")):
+            for which, name in enumerate(WITH_ERRORS):
                 by_draw = zip(draws(quality, which), zip(*(draws(part, which) for part in dense)))
                 differences = [
                     value - between(list(zip((part["tokens"] for part in dense), curve)), tokens)
@@ -402,8 +412,9 @@ def draw(path: Path, results: list[dict]) -> None:
             return "dense, smaller images"
         return f"{line['scorer'] or line['method']}, image of {line['image']}"
 
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    for panel, key in zip(panels, ("mAP", "small", "person")):
+    titles = {"mAP": "all classes", "any class": "objects of any class", "small": "small objects", "person": "persons"}
+    figure, panels = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
+    for panel, key in zip(panels, titles):
         for name in dict.fromkeys(map(name_of, results)):
             lines = [line for line in results if name_of(line) == name]
             points = sorted({line["tokens"] for line in lines})
@@ -413,7 +424,7 @@ def draw(path: Path, results: list[dict]) -> None:
             panel.errorbar(
                 points, means, [statistics.pstdev(value) for value in values], label=name, marker="o", **style
             )
-        panel.set(xlabel="tokens per image", title={"mAP": "all", "small": "small objects", "person": "persons"}[key])
+        panel.set(xlabel="tokens per image", title=titles[key])
         panel.grid(alpha=0.3)
     panels[0].set(ylabel=f"box AP on the test split, mean of {len(SEEDS)} detectors")
     panels[0].legend(fontsize="small")

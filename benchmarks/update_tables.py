@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tools.cli import parser_of, run
 from benchmarks.study import point_of
-from examples.report import AFTER, DENSE, markdown_of
+from examples.report import AFTER, DENSE, LEARNED, SMALLER_DENSE, markdown_of
 from tools.results import markdown, read_table
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +26,11 @@ DOCUMENTS = (
     "det_configs/README.md",
     "seg_configs/README.md",
     "llava_apt/README.md",
+    "cls_configs/README.md",
     "docs/learned_scorer.md",
 )
-FILLS = {"repeat": ", tokens repeated", "learned": ", learned maps", "dense": ", dense maps"}
+METRICS = ("mIoU", "mAP", "any class", "small", "large", "person")
+FILLS = {"repeat": "network's maps", "interpolate": "interpolated", "learned": "learned", "dense": "dense maps"}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
@@ -74,17 +76,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def summary() -> str:
     """One row per task: accuracy of every method, and what APT keeps and gains."""
-    rows = []
+    rows, methods = [], (DENSE, SMALLER_DENSE, "random", "resizing", AFTER, LEARNED)
     for title, task, metric in (
         ("detection, Cascade Mask R-CNN", "det", "box mAP"),
         ("segmentation, UperNet", "seg", "mIoU"),
         ("LLaVA, questions", "vqa", "accuracy"),
     ):
         of = {result.method: result for result in read_table(report(task))}
-        numbers = [f"{of[name].metrics[metric]:.1f}" for name in (DENSE, "random", "resizing", AFTER)]
+        numbers = [f"{of[name].metrics[metric]:.1f}" if name in of else "" for name in methods]
         rows.append([title, metric, *numbers, f"{of[AFTER].content_kept:.1%}", f"{of[AFTER].relative_speed:.2f}x"])
-    head = ["task", "metric", "dense", "random", "resizing", "APT", "content tokens kept", "speed of the whole model"]
-    return table(head, rows)
+    names = ["dense", "smaller image", "random", "resizing", "APT", "learned scorer"]
+    return table(["task", "metric", *names, "content tokens kept", "speed of the whole model"], rows)
 
 
 def bench(name: str) -> str:
@@ -114,31 +116,65 @@ def speeds() -> str:
 def equal_tokens(name: str) -> str:
     """One row per method and size on the test split: quality, what it gains over dense images of as many tokens that
     the same head reads, and milliseconds. Means over seeds; errors are standard deviations, over scorers of several
-    seeds or, for boxes, over samples of the images."""
+    seeds or, for boxes, over samples of the images. For one metric, columns are the ways in which maps are filled."""
     measured = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text())
-    metrics = ("mAP", "small", "large", "person") if name == "coco" else ("mIoU",)
-    head = measured.get("kept_head")
-    tested = [line for line in measured["results"] if line["split"] == "test" and line.get("head") == head]
+    metrics = [name for name in METRICS if name in measured["results"][0]]
+    points, rows = {}, {}
+    for line in measured["results"]:
+        if line["split"] == "test" and line.get("head") == measured.get("kept_head"):
+            points.setdefault(point_of(line), []).append(line)
     gained = {point_of(line): line for line in measured["gains"]}
-    rows = []
-    for point in dict.fromkeys(map(point_of, tested)):
-        method, scorer, fill, image, _ = point
-        lines = [line for line in tested if point_of(line) == point]
-        label = {"apt": f"merging, {scorer}{FILLS.get(fill, '')}", "tome": "ToMe"}.get(method, method)
-        row = [label, image.replace("x", " x "), f"{statistics.mean(line['tokens'] for line in lines):.0f}"]
-        for metric in metrics:
-            row.append(f"{statistics.mean(line[metric] for line in lines):.2f}")
-            gain, error = _gain(gained.get(point, {}), metric)
-            if gain is not None and metric in ("mIoU", "mAP", "person"):
-                row[-1] += f" ({gain:+.2f}{'' if error is None else f' ± {error:.2f}'})"
-        rows.append([*row, "" if lines[0]["ms"] is None else f"{lines[0]['ms']:.0f}"])
-    return table(["method", "image", "tokens", *metrics, "CPU ms"], rows)
+    fills = [fill for fill in FILLS if any(point[2] == fill for point in points)] if len(metrics) == 1 else []
+
+    def quality(point: tuple, metric: str) -> str:
+        entry = gained.get(point, {})
+        if metric == "mIoU":
+            gain, error = entry.get("kept"), entry.get("spread")
+        else:
+            gain, error = entry.get(metric, [None, None])[1], (entry.get("errors") or {}).get(metric)
+        gain = None if metric in ("small", "large") else gain
+        return _with_gain(statistics.mean(line[metric] for line in points[point]), gain, error)
+
+    for method, scorer, fill, image, budget in points:
+        rows.setdefault((method, scorer, None if fills else fill, image, budget), []).append(fill)
+    lines = []
+    for (method, scorer, fill, image, budget), same in rows.items():
+        of = {each: (method, scorer, each, image, budget) for each in same}
+        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
+        label += ", interpolated maps" if fill == "interpolate" else ""
+        tokens = statistics.mean(line["tokens"] for line in points[of[same[0]]])
+        cells = [quality(of[each], metrics[0]) if each in of else "" for each in fills]
+        cells = cells or [quality(of[fill], metric) for metric in metrics]
+        times = [
+            f"{points[of[each]][0]['ms']:.0f}" for each in fills or same if each in of and points[of[each]][0]["ms"]
+        ]
+        lines.append([label, image.replace("x", " x "), f"{tokens:.0f}", *cells, " / ".join(times)])
+    return table(["method", "image", "tokens", *([FILLS[fill] for fill in fills] or metrics), "CPU ms"], lines)
 
 
-def _gain(entry: dict, metric: str) -> tuple[float | None, float | None]:
-    if metric == "mIoU":
-        return entry.get("kept"), entry.get("spread")
-    return entry.get(metric, [None, None])[1], (entry.get("errors") or {}).get(metric)
+def classes() -> str:
+    """One row per method and size: accuracy by pooling and the cross-entropy of the CLS token, each with what it gains
+    over dense images of as many tokens."""
+    measured, rows = json.loads((ROOT / "docs/results/equal_tokens_clothing.json").read_text()), {}
+    for line in measured["results"]:
+        rows.setdefault((line["method"], line["scorer"], line["image"], line["budget"]), []).append(line)
+    lines = []
+    for (method, scorer, image, _), pools in rows.items():
+        label = f"merging, {scorer}" if method == "apt" else method
+        columns = [(line, "accuracy", 1) for line in pools] + [(pools[0], "cross_entropy", 3)]
+        cells = [
+            _with_gain(line[key], line[f"{key}_gain"], line[f"{key}_error"], digits) for line, key, digits in columns
+        ]
+        lines.append([label, image.split("x")[0], f"{pools[0]['tokens']:.0f}", *cells])
+    pools = [line["pool"] for line in next(iter(rows.values()))]
+    names = [f"{name} token" if name == "cls" else name for name in pools]
+    return table(["method", "image", "tokens", *(name.replace("cls", "CLS") for name in names), "cross-entropy"], lines)
+
+
+def _with_gain(value: float, gain: float | None, error: float | None, digits: int = 2) -> str:
+    if gain is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ({gain:+.{digits}f}{'' if error is None else f' ± {error:.{digits}f}'})"
 
 
 def text_of(name: str) -> str:
@@ -149,7 +185,7 @@ def text_of(name: str) -> str:
         return equal_tokens(name.removeprefix("equal:"))
     if name in ("det", "seg", "vqa"):
         return markdown_of(report(name))
-    tables = {"summary": summary, "speeds": speeds}
+    tables = {"summary": summary, "speeds": speeds, "classes": classes}
     if name not in tables:
         raise ValueError(
             f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, bench:FILE and equal:FILE"

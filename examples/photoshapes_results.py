@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from tools.cli import parser_of
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
-from examples.report import AFTER, BEFORE, DENSE, write_report
+from examples.report import AFTER, BEFORE, DENSE, LEARNED, SMALLER_DENSE, write_report
 from tools.compare import METRICS
 from tools.machine import hardware
 from tools.mm_config import advice_for
@@ -193,12 +193,12 @@ class Experiment:
         path, dense, tuned = self.path, self.dense, self.tuned
         rows = [
             Row(DENSE, path("dense"), dense),
-            Row("dense, smaller images", path("dense"), dense, SMALLER[self.task]),
+            Row(SMALLER_DENSE, path("dense"), dense, SMALLER[self.task]),
             Row("random", path("random"), dense),
             Row("resizing", path("resizing"), dense),
             Row(BEFORE, path("apt"), dense),
             Row(AFTER, path("apt"), tuned),
-            Row("learned scorer, interpolated maps", path("learned"), dense),
+            Row(LEARNED, path("learned"), dense),
         ]
         if self.has_rectangles:
             rows.insert(1, Row("dense, not padded to a square", path("dense", rectangle=True), dense))

@@ -11,7 +11,9 @@ from pathlib import Path
 from apt_backbones.files import write_atomically
 from tools.results import columns, markdown, read_table
 
-DENSE, BEFORE, AFTER = "dense", "APT before the short fine-tune", "APT after the short fine-tune"
+DENSE, SMALLER_DENSE = "dense", "dense, smaller images"
+BEFORE, AFTER = "APT before the short fine-tune", "APT after the short fine-tune"
+LEARNED = "learned scorer, interpolated maps"
 
 
 def write_report(path: Path, report: dict) -> str:
@@ -24,7 +26,7 @@ def markdown_of(path: Path) -> str:
     """Table and facts of a report's file."""
     report = json.loads(path.read_text())
     minutes = (report["minutes_dense"], report["minutes_short_finetune"])
-    words = ("the dense model was trained from scratch in {:.0f} minutes", "the adaptive one fine-tuned in {:.1f}")
+    words = ("training the dense model took {:.0f} minutes", "the short fine-tune took {:.1f} minutes")
     trained = [text.format(value) for text, value in zip(words, minutes) if value is not None]
     facts = [
         f"Measured on {report['measured_on']}",

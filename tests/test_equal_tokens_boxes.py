@@ -60,6 +60,8 @@ def test_what_is_found_exactly_has_full_ap_and_draws_vary(data):
     found = boxes.average_precisions(coco, range(10), exact, draws=3)
     assert found["mAP"] == pytest.approx(100) and found["person"] == pytest.approx(100)
     assert np.mean(found["draws"]) == pytest.approx(100)
+    confused = [[*line[:6], 1 - line[6]] for line in exact]
+    assert boxes.average_precisions(coco, range(10), confused, draws=1)["any class"] == pytest.approx(100)
     half = boxes.average_precisions(coco, range(10), exact[::2], draws=20)
     assert half["mAP"] == pytest.approx(75, abs=1) and np.std(half["draws"], axis=0)[0] > 1
 
@@ -85,7 +87,11 @@ def test_a_detector_learns_from_maps_and_resumes(data, tmp_path, monkeypatch):
 
 def test_gains_are_over_the_dense_curve():
     def of(value):
-        return {"AP": [{**dict.fromkeys(boxes.KINDS, value), "draws": [[value - 1, value], [value + 1, value]]}]}
+        return {
+            "AP": [
+                {**dict.fromkeys(boxes.KINDS, value), "draws": [[value - 1, value, value], [value + 1, value, value]]}
+            ]
+        }
 
     measured = {
         Setting("dense", (28, 28)): {"tokens": 100, **of(10.0)},
@@ -95,5 +101,7 @@ def test_gains_are_over_the_dense_curve():
     }
     inside, beyond = boxes.gains(measured)
     assert (
-        inside["mAP"] == [17.0, 2.0] and inside["errors"] == {"mAP": 0, "person": 0} and beyond["mAP"] == [21.0, None]
+        inside["mAP"] == [17.0, 2.0]
+        and inside["errors"] == dict.fromkeys(boxes.WITH_ERRORS, 0)
+        and beyond["mAP"] == [21.0, None]
     )
