@@ -202,36 +202,53 @@ class PatchLayout:
 
     def refine(self, map_BDHW: Tensor, scale: int) -> Tensor:
         """Repeat every cell of a map over ``scale`` x ``scale`` finer cells."""
-        return map_BDHW if scale == 1 else map_BDHW.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        if scale == 1:
+            return map_BDHW
+        cells_BHWD = map_BDHW.permute(0, 2, 3, 1)  # channels-last in memory, as maps of to_map are
+        repeated = cells_BHWD[:, :, None, :, None].expand(-1, -1, scale, -1, scale, -1)
+        return repeated.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
     def interpolate(self, map_BDHW: Tensor, scale: int = 1) -> Tensor:
         """Interpolate a map of ``to_map`` within patches: their cells approach those around them, while the mean of
         every patch stays the token's. What no patch covers stays as it is.
 
         Args:
-            map_BDHW: on the base cells, or by ``refine`` on cells ``scale`` times finer; without that, only merged
-                patches have several cells.
+            map_BDHW: on the base cells.
+            scale: the result is on cells so many times finer. With 1 only merged patches have several cells.
         """
-        if not self._factors(scale):
-            return map_BDHW
-        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), scale)
-        share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)  # of a cell's 3 x 3 neighbours
-        filled_BDHW = map_BDHW
-        for _ in range(max(self._factors(scale)) // 2):
-            near_BDHW = F.avg_pool2d(filled_BDHW, 3, 1, padding=1) / share_B1HW
-            filled_BDHW = self.add_detail(map_BDHW, near_BDHW, scale)
+        filled_BDHW = self.refine(map_BDHW, scale)
+        for _ in range(max(self._factors, default=1) * scale // 2):
+            filled_BDHW = self.add_detail(map_BDHW, self._near(filled_BDHW, scale), scale)
         return filled_BDHW
 
     def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor, scale: int = 1) -> Tensor:
-        """Add to the cells of every patch what a second map holds there, less its mean over the patch; ``scale`` as
-        for ``interpolate``."""
-        result_BDHW, factor_B1HW = map_BDHW, self.refine(self._factor_B1HW, scale)
-        for factor in self._factors(scale):
-            means = self.refine(F.avg_pool2d(detail_BDHW, factor), factor)
+        """Add to the cells of every patch what a second map holds there, less its mean over the patch.
+
+        Args:
+            map_BDHW: on the base cells.
+            detail_BDHW: on cells ``scale`` times finer, as the result.
+        """
+        cell_BDHW = mean_BDHW = F.avg_pool2d(detail_BDHW, scale) if scale > 1 else detail_BDHW
+        for factor in self._factors:
+            means = self.refine(F.avg_pool2d(cell_BDHW, factor), factor)
             rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
-            added_BDHW = detail_BDHW - F.pad(means, (0, rest[1], 0, rest[0])) + map_BDHW
-            result_BDHW = torch.where(factor_B1HW * scale == factor, added_BDHW, result_BDHW)
-        return result_BDHW
+            mean_BDHW = torch.where(self._factor_B1HW == factor, F.pad(means, (0, rest[1], 0, rest[0])), mean_BDHW)
+        if scale == 1:
+            return torch.where(self._factor_B1HW > 1, detail_BDHW - mean_BDHW + map_BDHW, map_BDHW)
+        cells_BHWD = detail_BDHW.permute(0, 2, 3, 1).unflatten(2, (-1, scale)).unflatten(1, (-1, scale))
+        cells_BHWD = cells_BHWD + (map_BDHW - mean_BDHW).permute(0, 2, 3, 1)[:, :, None, :, None]
+        added_BDHW = cells_BHWD.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        if not self.num_empty:
+            return added_BDHW
+        return torch.where(self.refine(self._factor_B1HW > 0, scale), added_BDHW, self.refine(map_BDHW, scale))
+
+    def _near(self, map_BDHW: Tensor, scale: int) -> Tensor:
+        """Means over the 3 x 3 cells around each, of those that have a token."""
+        if not self.num_empty:
+            return F.avg_pool2d(map_BDHW, 3, 1, padding=1, count_include_pad=False)
+        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), scale)
+        share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)
+        return F.avg_pool2d(map_BDHW, 3, 1, padding=1) / share_B1HW
 
     @cached_property
     def _factor_B1HW(self) -> Tensor:
@@ -239,11 +256,12 @@ class PatchLayout:
         factor_T = self.side_T // self.patch_size
         return factor_T[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 0)[:, None]
 
-    def _factors(self, scale: int) -> list[int]:
-        """Sides in finer cells of the patches of several cells that fit in the grid, whichever occur: results do not
-        depend on the batch."""
+    @property
+    def _factors(self) -> list[int]:
+        """Sides in cells of the merged patches that fit in the grid, whichever occur: results do not depend on the
+        batch."""
         factors = [size // self.patch_size for size in self.sizes]
-        return [factor * scale for factor in factors if factor * scale > 1 and factor <= min(self.grid)]
+        return [factor for factor in factors if 1 < factor <= min(self.grid)]
 
     def from_map(self, map_BDHW: Tensor) -> Tensor:
         """Read every token at its top-left cell: (B, D, H, W) -> (T, D); zeros for prefix tokens.

@@ -213,10 +213,11 @@ class AdaptiveTrunk(nn.Module):
         """The same of a map (B, D, H, W) that ``layout.to_map`` gave: (B, D, H * map_scale, W * map_scale)."""
         if self.map_fill == "repeat":
             return map_BDHW
-        map_BDHW = layout.interpolate(layout.refine(map_BDHW, self.map_scale), self.map_scale)
+        filled_BDHW = layout.interpolate(map_BDHW, self.map_scale)
         if self.map_fill != "learned" or str(index) not in self.map_detail:
-            return map_BDHW
-        return layout.add_detail(map_BDHW, self.map_detail[str(index)](map_BDHW), self.map_scale)
+            return filled_BDHW
+        detail_BDHW = self.map_detail[str(index)](filled_BDHW)
+        return layout.add_detail(map_BDHW, filled_BDHW + detail_BDHW, self.map_scale)
 
     def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Run the network; after every block yield its index and its tokens (T, D), placed as ``last_layout`` says.
