@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Accuracy against tokens in classification: a frozen DINOv2-S with a linear head, on a folder of images by class.
+"""Accuracy against tokens and milliseconds in classification: a frozen DINOv2-S, linear heads, images by class.
 
 examples:
   python -m benchmarks.equal_tokens_classes clothing-dataset-small --scorer scorer.safetensors
@@ -16,6 +16,8 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -65,6 +67,11 @@ class ClassStudy(Study):
 
     def scorer_file(self, seed: int = 0) -> Path:
         return self.scorer
+
+    def milliseconds(self, settings: Sequence[Setting]) -> dict[str, float]:
+        """See ``times``."""
+        read = cache(lambda number, size: next(islice(self.images("test", size), number, None)))
+        return self.times(settings, read)
 
     @torch.inference_mode()
     def features(self, setting: Setting) -> dict[str, Tensor]:
@@ -152,6 +159,33 @@ def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float
     return entry
 
 
+def draw(path: Path, results: list[dict]) -> None:
+    """Accuracy by the CLS token against tokens and time; bars are standard deviations of what is gained or lost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = {}
+    for line in results:
+        if line["pool"] == "cls":
+            name = {"apt": f"merging, {line['scorer']}", "dense": "dense, smaller images"}.get(line["method"])
+            curves.setdefault(name or line["method"], []).append(line)
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
+    for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
+        for name, lines in curves.items():
+            lines = sorted(lines, key=lambda line: line[key])
+            values, errors = zip(*((line["accuracy"], line["accuracy_error"] or 0) for line in lines))
+            style = {"linestyle": "--", "color": "black"} if "dense" in name else {}
+            panel.errorbar([line[key] for line in lines], values, errors, label=name, marker="o", capsize=2, **style)
+        panel.set(xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel="accuracy in %, CLS token")
+    panels[0].set_title("Classification, frozen DINOv2 ViT-S/14, linear head")
+    panels[1].legend()
+    figure.savefig(path, dpi=130)
+
+
 def all_settings(with_learned: bool) -> list[Setting]:
     scorers = ("entropy", "upsample_mse", *(["learned"] if with_learned else []))
     adaptive = [Setting("apt", BASE, scorer, budget) for scorer in scorers for budget in BUDGETS]
@@ -174,14 +208,14 @@ def main() -> None:
     for key, of_images in study.probabilities(settings).items():
         right, truth = of_images.argmax(1) == study.labels, of_images.gather(1, study.labels[:, None])[:, 0]
         values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
-    results = []
+    results, times = [], study.milliseconds(settings)
     for pool in POOLS:
         curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense")
-        results += [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
+        entries = [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
+        results += [{**entry, "ms": round(times[s.name], 1)} for s, entry in zip(settings, entries)]
     content = {**about("equal_tokens_classes", args), "images": len(study.labels), "results": results}
     write_atomically(args.out, json.dumps(content, indent=1) + "\n")
-    for line in results:
-        console.print(line)
+    draw(args.out.with_suffix(".png"), results)
 
 
 if __name__ == "__main__":

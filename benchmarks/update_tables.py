@@ -165,10 +165,11 @@ def classes() -> str:
         cells = [
             _with_gain(line[key], line[f"{key}_gain"], line[f"{key}_error"], digits) for line, key, digits in columns
         ]
-        lines.append([label, image.split("x")[0], f"{pools[0]['tokens']:.0f}", *cells])
+        lines.append([label, image.split("x")[0], f"{pools[0]['tokens']:.0f}", *cells, f"{pools[0]['ms']:.0f}"])
     pools = [line["pool"] for line in next(iter(rows.values()))]
     names = [f"{name} token" if name == "cls" else name for name in pools]
-    return table(["method", "image", "tokens", *(name.replace("cls", "CLS") for name in names), "cross-entropy"], lines)
+    names = [*(name.replace("cls", "CLS") for name in names), "cross-entropy", "CPU ms"]
+    return table(["method", "image", "tokens", *names], lines)
 
 
 def _with_gain(value: float, gain: float | None, error: float | None, digits: int = 2) -> str:

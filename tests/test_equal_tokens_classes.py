@@ -50,6 +50,7 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     assert by_name["dense", None, "42x42", "cls"]["tokens"] == 9
     entropy = by_name["apt", "entropy", "56x56", "cls"]
     assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
+    assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
     features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()}
     assert len(features) == 3 + 3 + 1, "dense sizes, scorers, random"
     classes.main()
