@@ -6,9 +6,10 @@ examples:
   python examples/demo_vit.py --weights dinov2_s14.safetensors --images photos/ --keep 0.5
   python examples/demo_vit.py --model vit_small_patch16_dinov3.lvd1689m --images photos/
 
-Distils a scorer from the network's features, finds a threshold for the budget, and compares the adaptive network with
-the dense one, with a smaller image of as many tokens, and with tokens dropped at random; then writes OUT/index.html
-and OUT/features.jpg. Without --weights timm downloads its own. Started again, it resumes.
+Distils a scorer from the network's features (from hundreds of other images it is better: --scorer FILE), finds a
+threshold for the budget, and compares the adaptive network with the dense one, with a smaller image of as many tokens,
+and with tokens dropped at random; then writes OUT/index.html and OUT/features.jpg. Without --weights timm downloads its
+own. Started again, it resumes.
 """
 
 import copy
@@ -281,6 +282,7 @@ def main() -> None:
     add("--model", default="vit_small_patch14_dinov2", help="timm's name (%(default)s)")
     add("--weights", help="file with its weights (default: timm downloads them)")
     add("--images", nargs="+", metavar="IMAGE|DIR", help="default: four photographs of scikit-image")
+    add("--scorer", type=Path, help="file of a learned scorer (default: one is distilled from these images)")
     add("--limit", type=int, default=50, help="use at most so many images (%(default)s)")
     add("--resize", type=int, default=448, help="longer image side in pixels (%(default)s)")
     add("--keep", type=float, default=0.6, help="share of tokens to keep (%(default)s)")
@@ -291,7 +293,7 @@ def main() -> None:
         raise ValueError(f"--keep {args.keep:g}: patches of twice the side keep from 0.25 to all (1) of the tokens")
     paths = (find_images(args.images) if args.images else photographs())[: args.limit]
     frozen = frozen_model(args.model, args.weights, None, args.resize)
-    scorer = str(distilled(args, paths))
+    scorer = str(args.scorer or distilled(args, paths))
     images = [in_whole_patches(frozen.settings.prepare(read_rgb(path)), frozen.settings.patch_size) for path in paths]
     sizes = tuple(frozen.settings.thresholds)
     maps = [score_maps_of(to_tensor(image), sizes, scorer) for image in track(images, "scores")]

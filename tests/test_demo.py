@@ -199,3 +199,6 @@ def test_the_demo_of_a_pretrained_vit(tmp_path, monkeypatch):
     page = Page((tmp_path / "out/index.html").read_text())
     assert len(page.images) == 2 * 4 and not page.links
     assert re.search(r"dense\d+100.0%1.0001.00x", page.text) and re.search(r"\d\d%of the tokens kept", page.text)
+    own = [*arguments[:-1], tmp_path / "again", "--scorer", tmp_path / "out/scorer.safetensors"]
+    run_script(monkeypatch, "examples/demo_vit.py", *own)
+    assert (tmp_path / "again/index.html").is_file() and not (tmp_path / "again/scorer.safetensors").exists()
