@@ -51,6 +51,7 @@ SUBSTITUTIONS = (
     ("--iterations 1000", "--iterations 2"),
     # LLaVA: a random model of 2 layers, and PhotoShapes' questions instead of benchmarks to be downloaded.
     ("llava-hf/llava-1.5-7b-hf", "llava-tiny"),
+    ("llava-1.5-7b-hf/", "llava-tiny/"),
     ("benchmark.py llava-1.5-7b", "benchmark.py llava-tiny"),
     (
         "llava_v1_5_mix665k.json --image-folder images",
