@@ -49,6 +49,11 @@ SUBSTITUTIONS = (
     ("photoshapes_results.py seg", "photoshapes_results.py seg --out made_results"),
     ("--error-sample 100", "--error-sample 2"),
     ("--iterations 1000", "--iterations 2"),
+    # The small segmenter has patches of 4 pixels.
+    (
+        "eva02_l_seg_512.pth --cfg-options model.backbone.thresholds.32=",
+        "eva02_l_seg_512.pth --cfg-options model.backbone.thresholds.8=",
+    ),
     # LLaVA: a random model of 2 layers, and PhotoShapes' questions instead of benchmarks to be downloaded.
     ("llava-hf/llava-1.5-7b-hf", "llava-tiny"),
     ("llava-1.5-7b-hf/", "llava-tiny/"),
