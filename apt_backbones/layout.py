@@ -216,9 +216,12 @@ class PatchLayout:
             map_BDHW: on the base cells.
             scale: the result is on cells so many times finer. With 1 only merged patches have several cells.
         """
+        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), scale)
+        share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)  # of a cell's 3 x 3 neighbours
         filled_BDHW = self.refine(map_BDHW, scale)
         for _ in range(max(self._factors, default=1) * scale // 2):
-            filled_BDHW = self.add_detail(map_BDHW, self._near(filled_BDHW, scale), scale)
+            near_BDHW = F.avg_pool2d(filled_BDHW, 3, 1, padding=1) / share_B1HW
+            filled_BDHW = self.add_detail(map_BDHW, near_BDHW, scale)
         return filled_BDHW
 
     def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor, scale: int = 1) -> Tensor:
@@ -233,22 +236,11 @@ class PatchLayout:
             means = self.refine(F.avg_pool2d(cell_BDHW, factor), factor)
             rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
             mean_BDHW = torch.where(self._factor_B1HW == factor, F.pad(means, (0, rest[1], 0, rest[0])), mean_BDHW)
-        if scale == 1:
-            return torch.where(self._factor_B1HW > 1, detail_BDHW - mean_BDHW + map_BDHW, map_BDHW)
-        cells_BHWD = detail_BDHW.permute(0, 2, 3, 1).unflatten(2, (-1, scale)).unflatten(1, (-1, scale))
-        cells_BHWD = cells_BHWD + (map_BDHW - mean_BDHW).permute(0, 2, 3, 1)[:, :, None, :, None]
-        added_BDHW = cells_BHWD.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-        if not self.num_empty:
+        added_BDHW = detail_BDHW + self.refine(map_BDHW - mean_BDHW, scale)
+        if scale > 1 and not self.num_empty:
             return added_BDHW
-        return torch.where(self.refine(self._factor_B1HW > 0, scale), added_BDHW, self.refine(map_BDHW, scale))
-
-    def _near(self, map_BDHW: Tensor, scale: int) -> Tensor:
-        """Means over the 3 x 3 cells around each, of those that have a token."""
-        if not self.num_empty:
-            return F.avg_pool2d(map_BDHW, 3, 1, padding=1, count_include_pad=False)
-        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), scale)
-        share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)
-        return F.avg_pool2d(map_BDHW, 3, 1, padding=1) / share_B1HW
+        has_several_B1HW = self.refine(self._factor_B1HW * scale > 1, scale)
+        return torch.where(has_several_B1HW, added_BDHW, self.refine(map_BDHW, scale))
 
     @cached_property
     def _factor_B1HW(self) -> Tensor:
