@@ -53,6 +53,8 @@ class ClassStudy(Study):
     def __init__(self, folder: Path, scorer: Path | None, weights: Path | None, work_dir: Path, dtype: torch.dtype):
         super().__init__(weights, work_dir, dtype, (-1,))
         self.folder, self.scorer = folder, scorer
+        if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: it needs a folder per class in each")
         self.labels = torch.cat([torch.tensor(ImageFolder(folder / split).targets) for split in SPLITS])
 
     def batches(self, splits: Sequence[str], size: tuple[int, int], batch: int) -> DataLoader:

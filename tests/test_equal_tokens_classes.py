@@ -58,6 +58,12 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     assert json.loads(out.read_text()) == found
 
 
+def test_missing_splits_are_named(data, small, tmp_path):
+    (data / "test").rename(data / "spare")
+    with pytest.raises(FileNotFoundError, match="photos lacks test: it needs a folder per class in each"):
+        classes.ClassStudy(data, None, None, tmp_path, torch.float32)
+
+
 def test_nobody_is_tested_by_a_head_that_knows_it(data, small, tmp_path, monkeypatch):
     of_small = classes.ClassStudy(data, None, None, tmp_path, torch.float32)
     learned_from = []
