@@ -19,12 +19,15 @@ def write_atomically(path: str | os.PathLike, content: str | bytes | Callable[[P
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user wants new files, which safetensors makes private
         if callable(content):
             content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name with old or no content
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -37,4 +37,5 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
 def test_files_have_the_permissions_of_other_new_files(tmp_path):
     (tmp_path / "other").touch()
     write_atomically(tmp_path / "x", b"")
-    assert os.stat(tmp_path / "x").st_mode == os.stat(tmp_path / "other").st_mode
+    write_atomically(tmp_path / "saved", lambda path: path.unlink() or os.close(os.open(path, os.O_CREAT, 0o600)))
+    assert {os.stat(tmp_path / name).st_mode for name in ("x", "saved")} == {os.stat(tmp_path / "other").st_mode}
