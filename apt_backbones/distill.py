@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checkpoint import read_file
 from .files import write_atomically
 from .images import read_rgb
-from .learned import LearnedScorer, ScorerTail, fold
+from .learned import LearnedScorer, ScorerTail, fold, in_fixed_point
 
 OUTPUTS = ("probabilities", "features")
 FLOOR = 0.01  # of the mean loss: below it differences are noise
@@ -253,7 +253,7 @@ def train_scorer(
             write_atomically(state, lambda unfinished: torch.save(content, unfinished))  # noqa: B023
         report(curve[-1])
     net.load_state_dict(best)
-    return net.folded(scale), curve
+    return net.folded(scale, _some(max(views, key=lambda group: len(group.pixels)), 64)), curve
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -295,11 +295,11 @@ class _Student(nn.Module):
         return self.tail(self.first(self.embed(pixels)))
 
     @torch.no_grad()
-    def standardize(self, views: Sequence[Views], most: int = 128) -> None:
+    def standardize(self, views: Sequence[Views]) -> None:
         """Take mean and spread of E's channels from some of the views."""
         parts = []
         for group in views:
-            for part in group.pixels[:: max(1, len(group.pixels) * len(views) // most)].split(16):
+            for part in _some(group, 128 // len(views)).split(16):
                 parts.append(self.embed(part.to(self.weight.device)).transpose(0, 1).flatten(1))
         cells = torch.cat(parts, 1)
         self.center.copy_(cells.mean(1))
@@ -312,12 +312,18 @@ class _Student(nn.Module):
             terms.append(((true / scale[size] + FLOOR) * (-log).exp() + log).mean())
         return sum(terms) / len(terms)
 
-    def folded(self, scale: dict[int, float]) -> LearnedScorer:
+    def folded(self, scale: dict[int, float], pixels: Tensor) -> LearnedScorer:
+        """What is used; ``pixels`` are of some images (``in_fixed_point``)."""
         stem = fold(self.projection[0], self.pixel_mean, self.pixel_std, self.center, self.spread, self.first)
         with torch.no_grad():
             for level, mean in zip(self.tail.levels, scale.values()):
                 level["out"].bias.add_(math.log(mean))
-        return LearnedScorer(stem, self.tail)
+        return in_fixed_point(stem, self.tail, pixels)
+
+
+def _some(views: Views, most: int) -> Tensor:
+    """The pixels of so many views at most, from everywhere."""
+    return views.pixels[:: max(1, -(-len(views.pixels) // most))]
 
 
 def _schedule(progress: float) -> float:

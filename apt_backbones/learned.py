@@ -3,15 +3,19 @@
 ``distill`` trains it without labels; a file holds it. Wherever the name of a pixel scorer is taken, so is the name of
 such a file.
 
-Legend: B images, H x W base cells, p base patch side.
+It computes in fixed point: weights and activations are whole numbers of at most ten bits, and every sum stays below
+2 ** 24, so that float32 (and TF32) products are exact in whatever order a device adds them up. A selection therefore
+depends on neither the device nor the precision that the model runs in.
+
+Legend: B images, H x W base cells, p base patch side, K inputs and O outputs of a layer.
 """
 
-import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +26,11 @@ from torch import Tensor, nn
 from .files import write_atomically
 
 FORMAT = "apt_backbones.learned_scorer"
-VERSION = "1"
+VERSION = "2"
 SUFFIX = ".safetensors"
+LARGEST = 1023  # ten bits: TF32 has eleven
+EXACT = 2**24  # whole numbers up to here are exact in float32
+LEAST_RANGE = 4.0  # GELU is zero below its negative
 
 
 class ScorerTail(nn.Module):
@@ -61,25 +68,54 @@ class ScorerTail(nn.Module):
         return logs
 
 
+class Layer(NamedTuple):
+    """A convolution and its activation function in fixed point, whose inputs are gathered beforehand.
+
+    Attributes:
+        weight: (K, O), whole numbers up to ``LARGEST``.
+        bias: (O,), whole numbers.
+        step: (O,), powers of two: 1 of the sum in units of the table's places, or of the last layer's output.
+        unit: float64 (O,), what a place is in the units of the convolution; None for a last layer.
+        table: (O, 2 * LARGEST + 1), whole numbers up to ``LARGEST``: GELU of every place, see ``_gelu_of``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    step: Tensor
+    unit: Tensor | None = None
+    table: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., O) of (..., K)."""
+        total = (x @ self.weight + self.bias) * self.step
+        if self.table is None:
+            return total
+        place = total.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0).int()
+        place += torch.arange(LARGEST, self.table.numel(), self.table.shape[1], device=x.device, dtype=torch.int32)
+        return self.table.view(-1).index_select(0, place.view(-1)).view(place.shape)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Layer":
+        return Layer(*(None if part is None else part.to(device, dtype) for part in self))
+
+
 class LearnedScorer:
     """A pixel scorer whose scores are expected losses of merging, above 0; called as the built-in ones are.
 
-    Computed in float64 and rounded once to float32, so that a selection depends on neither the device nor the
-    precision that the model runs in.
-
     Args:
-        stem: from pixels in 0..255, a convolution whose kernel and stride are the base patch.
-        tail: what follows.
+        layers: by name: "stem", on the pixels of base patches; "mix"; and per merged size n = 0, 1, ...
+            "n.down", "n.mix", "n.far" and "n.out" of a ``ScorerTail``.
+        patch_size: p.
         origin: what it was distilled from and how, as names and values that JSON can hold.
         name: for messages; the file's.
     """
 
-    def __init__(self, stem: nn.Conv2d, tail: ScorerTail, origin: dict | None = None, name: str = "learned scorer"):
-        self.patch_size = stem.kernel_size[0]
-        self.sizes = tuple(self.patch_size << (level + 1) for level in range(len(tail.levels)))
+    def __init__(
+        self, layers: dict[str, Layer], patch_size: int, origin: dict | None = None, name: str = "learned scorer"
+    ):
+        self.patch_size = patch_size
+        self.sizes = tuple(patch_size << (level + 1) for level in range(sum(key.endswith(".out") for key in layers)))
         self.origin, self.name = dict(origin or {}), name
-        net = copy.deepcopy(nn.Sequential(stem, tail)).requires_grad_(False).eval()
-        self._nets = {torch.device("cpu"): net.cpu().double()}
+        self._layers = {(torch.device("cpu"), torch.float32): layers}
 
     def __repr__(self) -> str:
         return f"LearnedScorer({self.name!r}, sizes={self.sizes})"
@@ -96,28 +132,33 @@ class LearnedScorer:
     def __call__(self, images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """float32 scores (B, H * p // size, W * p // size) per size, of float images (B, 3, height, width), 0..255."""
         self.check_sizes(sizes)
-        height, width = images.shape[2:]
+        layers, (height, width) = self._for(images.device, _type_of_sums()), images.shape[2:]
         with torch.autocast(images.device.type, enabled=False):
-            images = images.clamp(0, 255)
-            bottom, right = (-side % self.sizes[-1] for side in (height, width))
-            whole = F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
-            logs = self._net(images.device)(whole.double())
-            scores = [log[:, : height // size, : width // size].exp() for size, log in zip(sizes, logs)]
+            cells = _cells(images, self.patch_size, self.sizes[-1])
+            logs = _run(cells.to(layers["stem"].weight.dtype), len(sizes), lambda name, x: layers[name](x))
+            varies = _varies(cells, len(sizes))
         # A patch of one colour, padding above all, loses nothing.
-        return [(score * _varies(images, size)).float() for size, score in zip(sizes, scores)]
+        scores = [(log.double().exp() * patches).float() for log, patches in zip(logs, varies)]
+        return [score[:, : height // size, : width // size] for size, score in zip(sizes, scores)]
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        net = self._nets[torch.device("cpu")]
-        weights = {name: tensor.float().contiguous() for name, tensor in net.state_dict().items()}
+        tensors = {}
+        for name, layer in self._layers[torch.device("cpu"), torch.float32].items():
+            tensors[f"{name}.weight"] = layer.weight.to(torch.int16)
+            tensors[f"{name}.bias"] = layer.bias.to(torch.int32)
+            tensors[f"{name}.step"] = layer.step
+            if layer.unit is not None:
+                tensors[f"{name}.unit"] = layer.unit
         about = {"format": FORMAT, "version": VERSION, "patch_size": str(self.patch_size)}
         about |= {"sizes": json.dumps(self.sizes), "origin": json.dumps(self.origin)}
-        write_atomically(path, lambda unfinished: save_file(weights, unfinished, about))
+        write_atomically(path, lambda unfinished: save_file(tensors, unfinished, about))
 
-    def _net(self, device: torch.device) -> nn.Module:
-        if device not in self._nets:
-            self._nets[device] = copy.deepcopy(self._nets[torch.device("cpu")]).to(device)
-        return self._nets[device]
+    def _for(self, device: torch.device, dtype: torch.dtype) -> dict[str, Layer]:
+        if (device, dtype) not in self._layers:
+            whole = self._layers[torch.device("cpu"), torch.float32]
+            self._layers[device, dtype] = {name: layer.to(device, dtype) for name, layer in whole.items()}
+        return self._layers[device, dtype]
 
 
 def load_scorer(path: str | Path) -> LearnedScorer:
@@ -138,26 +179,72 @@ def _load(path: Path, changed: int) -> LearnedScorer:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no readable safetensors file ({str(error).splitlines()[0]})") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} holds no learned scorer; make one with tools/distill_scorer.py")
     if about.get("version") != VERSION:
-        raise ValueError(f"{path} holds a scorer of version {about.get('version')}; this code reads {VERSION}")
+        raise ValueError(
+            f"{path} holds a scorer of version {about.get('version')}, but this code reads {VERSION}; distil it again "
+            "with tools/distill_scorer.py"
+        )
     try:
         patch_size, num_sizes = int(about["patch_size"]), len(json.loads(about["sizes"]))
-        width = len(weights["0.weight"])
-        with torch.device("cpu"):  # whatever a model is being built on; its images decide later
-            net = nn.Sequential(nn.Conv2d(3, width, patch_size, patch_size), ScorerTail(width, num_sizes))
-        net.load_state_dict(weights)
+        width, layers = tensors["stem.weight"].shape[1], {}
+        for name, (inputs, outputs) in _shapes(patch_size, width, num_sizes).items():
+            layer = Layer(*(tensors[f"{name}.{part}"].float() for part in ("weight", "bias", "step")))
+            if not name.endswith(".out"):
+                unit = tensors[f"{name}.unit"]
+                layer = layer._replace(unit=unit, table=_gelu_of(unit)[0])
+            for found, shape in zip(layer, ((inputs, outputs), (outputs,), (outputs,), (outputs,))):
+                if found is not None and found.shape != shape:
+                    raise ValueError(f"{name} has shape {tuple(found.shape)} where {shape} is due")
+            if not all(part is None or part.isfinite().all() for part in layer) or _is_inexact(name, *layer[:2]).any():
+                raise ValueError(f"{name} has values out of range")
+            layers[name] = layer
         origin = json.loads(about["origin"])
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise ValueError(f"{path} is damaged: it does not hold the weights that it names ({reason})") from error
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise ValueError(f"{path} is damaged: its weights are not finite")
-    return LearnedScorer(*net, origin, str(path))
+    return LearnedScorer(layers, patch_size, origin, str(path))
+
+
+@torch.no_grad()
+def in_fixed_point(stem: nn.Conv2d, tail: ScorerTail, pixels: Tensor, origin: dict | None = None) -> LearnedScorer:
+    """What a trained scorer becomes.
+
+    Layer by layer, the channels' ranges are those that occur in some images, as the layers before them compute in fixed
+    point.
+
+    Args:
+        stem: from pixels in 0..255, a convolution whose kernel and stride are the base patch.
+        tail: what follows.
+        pixels: uint8 or float images (B, 3, height, width) in 0..255.
+        origin: see ``LearnedScorer``.
+    """
+    convolutions = {"stem": stem, "mix": tail.mix}
+    for number, level in enumerate(tail.levels):
+        convolutions |= {f"{number}.{name}": convolution for name, convolution in level.items()}
+    layers, unit_of_input = {}, torch.ones(1, dtype=torch.float64)
+
+    def convert(name: str, x: Tensor) -> Tensor:
+        nonlocal unit_of_input
+        weight, bias = _matrix(convolutions[name])
+        weight = weight * unit_of_input.repeat(len(weight) // len(unit_of_input))[:, None]
+        if name.endswith(".out"):
+            layers[name] = _rounded(name, weight, bias, torch.ones_like(bias))
+        else:
+            sums = x.flatten(0, -2).double() @ weight + bias
+            unit = torch.maximum(sums.amax(0), (-sums.amin(0)).clamp(1e-3, LEAST_RANGE)) / LARGEST
+            table, unit_of_input = _gelu_of(unit)
+            layers[name] = _rounded(name, weight, bias, unit)._replace(unit=unit, table=table)
+        return layers[name](x)
+
+    p, num_sizes = stem.kernel_size[0], len(tail.levels)
+    sizes = [p << (level + 1) for level in range(num_sizes)]
+    _run(_cells(pixels.cpu().float(), p, sizes[-1]), num_sizes, convert)
+    return LearnedScorer(layers, p, origin)
 
 
 def fold(
@@ -190,8 +277,101 @@ def fold(
     return folded.float()
 
 
-def _varies(pixels: Tensor, size: int) -> Tensor:
-    """Whether each patch that lies inside has more than one colour (B, H * p // size, W * p // size)."""
-    rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
-    blocks = pixels[:, :, : rows * size, : columns * size].unflatten(2, (rows, size)).unflatten(4, (columns, size))
-    return (blocks != blocks[:, :, :, :1, :, :1]).amax((1, 3, 5))
+def _cells(images: Tensor, p: int, largest: int) -> Tensor:
+    """A view (B, 3, H, p, W, p) of images whose edges are repeated to whole patches of the largest size."""
+    bottom, right = (-side % largest for side in images.shape[2:])
+    if bottom or right:
+        images = F.pad(images, (0, right, 0, bottom), mode="replicate")
+    return images.unflatten(2, (-1, p)).unflatten(4, (-1, p))
+
+
+def _run(cells_B3HpWp: Tensor, num_sizes: int, layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+    """Logarithms of the scores (B, H >> n + 1, W >> n + 1) per size; ``layer`` applies the one of a name."""
+    pixels = cells_B3HpWp.permute(0, 2, 4, 1, 3, 5).clone(memory_format=torch.contiguous_format)
+    x = layer("stem", pixels.clamp_(0, 255).round_().flatten(3))
+    x, logs = layer("mix", _around(x, 1)), []
+    for number in range(num_sizes):
+        x = layer(f"{number}.down", _fours(x))
+        x = layer(f"{number}.mix", _around(x, 1))
+        x = layer(f"{number}.far", _around(x, 2))
+        logs.append(layer(f"{number}.out", x)[..., 0])
+    return logs
+
+
+def _fours(x_BHWC: Tensor) -> Tensor:
+    """Cells of two rows and two columns side by side: (B, H / 2, W / 2, 4 * C)."""
+    return x_BHWC.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)
+
+
+def _around(x_BHWC: Tensor, step: int) -> Tensor:
+    """Every cell with its eight neighbours at a distance (B, H, W, 9 * C); outside are zeros."""
+    height, width = x_BHWC.shape[1:3]
+    padded = F.pad(x_BHWC, (0, 0, step, step, step, step))
+    starts = (0, step, 2 * step)
+    return torch.cat([padded[:, y : y + height, x : x + width] for y in starts for x in starts], 3)
+
+
+def _varies(cells_B3HpWp: Tensor, num_sizes: int) -> list[Tensor]:
+    """Per size whether each patch has more than one colour (B, H >> n + 1, W >> n + 1)."""
+    # Rows first: these reductions go along memory.
+    low, high, varies = cells_B3HpWp.amin(3).amin(4), cells_B3HpWp.amax(3).amax(4), []
+    for _ in range(num_sizes):
+        low, high = -F.max_pool2d(-low, 2), F.max_pool2d(high, 2)
+        varies.append((low != high).any(1))
+    return varies
+
+
+def _shapes(p: int, width: int, num_sizes: int) -> dict[str, tuple[int, int]]:
+    """K and O of every layer."""
+    shapes, inputs = {"stem": (3 * p * p, width), "mix": (9 * width, width)}, width
+    for number in range(num_sizes):
+        shapes[f"{number}.down"] = (4 * inputs, 2 * width)
+        shapes[f"{number}.mix"] = shapes[f"{number}.far"] = (18 * width, 2 * width)
+        shapes[f"{number}.out"] = (2 * width, 1)
+        inputs = 2 * width
+    return shapes
+
+
+def _matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weights (K, O) in the order in which inputs are gathered, groups as zeros, and bias (O,); float64."""
+    weight, bias = (part.detach().cpu().double() for part in (convolution.weight, convolution.bias))
+    if convolution.in_channels == 3:  # of pixels, channel by channel
+        return weight.flatten(1).T, bias
+    per_group = convolution.out_channels // convolution.groups
+    whole = weight.new_zeros(len(weight), convolution.in_channels, *weight.shape[2:])
+    for group, part in enumerate(weight.split(per_group)):
+        inputs = slice(group * part.shape[1], (group + 1) * part.shape[1])
+        whole[group * per_group : (group + 1) * per_group, inputs] = part
+    return whole.permute(2, 3, 1, 0).flatten(0, 2), bias
+
+
+def _rounded(name: str, weight: Tensor, bias: Tensor, unit: Tensor) -> Layer:
+    """In fixed point: as fine as ``LARGEST`` and ``EXACT`` allow, with steps that are powers of two in ``unit``s."""
+    exponent = (LARGEST * unit / weight.abs().amax(0).clamp(min=1e-9)).log2().floor().clamp(max=24)
+    while True:
+        step = torch.exp2(-exponent)
+        whole, offset = (weight / (unit * step)).round(), (bias / (unit * step)).round()
+        inexact = _is_inexact(name, whole, offset)
+        if not inexact.any():
+            return Layer(whole.float().contiguous(), offset.float(), step.float())
+        exponent = exponent - inexact.double()
+
+
+def _gelu_of(unit: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU of -LARGEST..LARGEST units (O,), whole numbers in float32 (O, 2 * LARGEST + 1), and their units (O,)."""
+    values = F.gelu(torch.arange(-LARGEST, LARGEST + 1, device=unit.device) * unit[:, None])
+    unit_of_output = values.abs().amax(1) / LARGEST
+    return (values / unit_of_output[:, None]).round().float(), unit_of_output
+
+
+def _is_inexact(name: str, weight: Tensor, bias: Tensor) -> Tensor:
+    """Whether float32 may round a product or a sum of a layer's whole numbers (O,)."""
+    weight, largest_input = weight.abs(), 255 if name == "stem" else LARGEST
+    return (weight.amax(0) > LARGEST) | (largest_input * weight.sum(0) + bias.abs() >= EXACT)
+
+
+def _type_of_sums() -> torch.dtype:
+    """float64 where the user lets float32 products have bfloat16's eight bits."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9; it knows the older setting, too
+    allowed = torch.get_float32_matmul_precision() == "medium" if matmul is None else matmul.fp32_precision == "bf16"
+    return torch.float64 if allowed else torch.float32

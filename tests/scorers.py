@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from apt_backbones.learned import LearnedScorer, ScorerTail
+from apt_backbones.learned import LearnedScorer, ScorerTail, in_fixed_point
+
+
+def random_scorer(patch_size: int, sizes: int = 1) -> LearnedScorer:
+    """One that was distilled from nothing."""
+    pixels = torch.rand(2, 3, 8 * patch_size, 8 * patch_size) * 255
+    return in_fixed_point(nn.Conv2d(3, 8, patch_size, patch_size), ScorerTail(8, sizes), pixels, {"model": "random"})
 
 
 def save_scorer(path: Path, patch_size: int, sizes: int = 1) -> str:
     """Write one; returns the file's name."""
-    LearnedScorer(nn.Conv2d(3, 8, patch_size, patch_size), ScorerTail(8, sizes), {"model": "random"}).save(path)
+    random_scorer(patch_size, sizes).save(path)
     return str(path)
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from apt_backbones import adapt, score_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 from apt_backbones.distill import Prototypes, Views, ViewSettings, cut_view, make_views, merging_losses, train_scorer
-from apt_backbones.learned import LearnedScorer, ScorerTail, load_scorer
+from apt_backbones.learned import ScorerTail, in_fixed_point, load_scorer
+
+from .scorers import random_scorer
 
 PATCH, SIZES = 4, (8, 16)
 MEAN, STD = (120.0, 115.0, 105.0), (58.0, 57.0, 56.0)
@@ -22,7 +24,7 @@ MEAN, STD = (120.0, 115.0, 105.0), (58.0, 57.0, 56.0)
 @pytest.fixture(scope="module")
 def scorer():
     torch.manual_seed(0)
-    return LearnedScorer(nn.Conv2d(3, 8, PATCH, PATCH), ScorerTail(8, 2), {"model": "random"})
+    return random_scorer(PATCH, 2)
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +98,30 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_folded_scorer_says_what_the_trained_one_says():
-    images, losses = scenes(8, 0)
-    views = Views(images.byte(), losses)
-    projection = nn.Conv2d(3, 8, PATCH, PATCH)
-    scorer, curve = train_scorer([views], [views], projection, MEAN, STD, epochs=1, batch=8, width=8)
-    scores = score_patches(images, SIZES, scorer)[8]
-    inside = scores > 0  # plain patches score 0
-    correlation = torch.corrcoef(
-        torch.stack([scores.log()[inside], (losses[8] + 0.01 * losses[8].mean()).log()[inside]])
-    )
-    assert -1 < float(correlation[0, 1]) <= 1 and 0 < inside.float().mean() < 1
-    assert curve[0].epoch == 1
+def test_fixed_point_says_what_the_trained_convolutions_say():
+    torch.manual_seed(0)
+    images, _ = scenes(8, 0)
+    images += torch.randn_like(images).mul(3).round()
+    stem, tail = nn.Conv2d(3, 16, PATCH, PATCH), ScorerTail(16, 2)
+    with torch.no_grad():
+        stem.weight.mul_(0.05)
+        for layer in tail.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.mul_(3)
+        expected = tail(stem(images.clamp(0, 255)))
+    scores = score_patches(images, SIZES, in_fixed_point(stem, tail, images))
+    for size, log in zip(SIZES, expected):
+        error = scores[size].log() - log
+        assert log.std() > 0.1 and error.abs().max() < 0.05 * log.std()
+
+
+def test_every_sum_is_exact_in_float32(scorer, monkeypatch):
+    """So its order, and with it the device, does not matter."""
+    images = (torch.rand(2, 3, 64, 64) * 255).round()
+    expected = score_patches(images, SIZES, scorer)
+    monkeypatch.setattr("apt_backbones.learned._type_of_sums", lambda: torch.float64)
+    found = score_patches(images, SIZES, scorer)
+    assert all(torch.equal(found[size], expected[size]) for size in SIZES)
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (37, 53), (3, 70), (16, 15)])
@@ -121,7 +135,7 @@ def test_scores_of_any_image_size(scorer, shape):
         assert scores[size][:, :rows, :columns].isfinite().all()
         assert scores[size][:, rows:].isinf().all() and scores[size][:, :, columns:].isinf().all()
     alone = score_patches(images[1:], SIZES, scorer)
-    torch.testing.assert_close(alone[8], scores[8][1:], rtol=1e-6, atol=0)
+    assert torch.equal(alone[8], scores[8][1:])
 
 
 def test_the_decision_depends_neither_on_autocast_nor_on_threads(scorer):
@@ -132,6 +146,12 @@ def test_the_decision_depends_neither_on_autocast_nor_on_threads(scorer):
     assert all(torch.equal(found[size], expected[size]) for size in SIZES)
     half = score_patches(images.half(), SIZES, scorer)  # whole numbers up to 255 are exact
     assert all(torch.equal(half[size], expected[size]) for size in SIZES)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = score_patches(images, SIZES, scorer)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(found[size], expected[size]) for size in SIZES)
 
 
 def test_plain_patches_score_nothing_and_broken_images_nan(scorer):
@@ -157,13 +177,14 @@ def test_a_file_is_the_scorer(scorer, file):
 
 def test_files_that_are_no_scorer(file, tmp_path):
     weights = load_file(file)
-    about = {"format": "apt_backbones.learned_scorer", "version": "1", "patch_size": "4", "sizes": "[8, 16]"}
+    about = {"format": "apt_backbones.learned_scorer", "version": "2", "patch_size": "4", "sizes": "[8, 16]"}
     about["origin"] = "{}"
     cases = {
         "no learned scorer": (weights, {}),
         "version 9": (weights, {**about, "version": "9"}),
-        "damaged: it does": ({**weights, "0.bias": torch.zeros(3)}, about),
-        "not finite": ({**weights, "0.bias": weights["0.bias"] * torch.nan}, about),
+        "damaged: it does": ({**weights, "mix.bias": torch.zeros(3)}, about),
+        "mix has values out of range": ({**weights, "mix.step": weights["mix.step"] * torch.nan}, about),
+        "stem has values out of range": ({**weights, "stem.weight": weights["stem.weight"] * 0 + 1024}, about),
     }
     for number, (message, (content, metadata)) in enumerate(cases.items()):
         path = tmp_path / f"{number}.safetensors"
@@ -249,7 +270,7 @@ def test_llava_s_configuration_and_processor_name_the_file(tmp_path):
 
     torch.manual_seed(0)
     file = str(tmp_path / "scorer.safetensors")
-    LearnedScorer(nn.Conv2d(3, 8, 14, 14), ScorerTail(8, 1)).save(file)
+    random_scorer(14, 1).save(file)
     settings = dict(thresholds={28: 1.0}, scorer=file)
     AptClipVisionConfig(patch_size=14, **settings).save_pretrained(tmp_path)
     assert AptClipVisionConfig.from_pretrained(tmp_path).scorer == file
