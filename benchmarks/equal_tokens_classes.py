@@ -32,12 +32,14 @@ from tools.cli import run
 from apt_backbones.distill import save_tensors
 from apt_backbones.files import write_atomically
 
+from . import tome
 from .study import Setting, Study, about, between, console, study_parser
 
 SPLITS = ("train", "validation", "test")
 BASE = (224, 224)
+LARGER = ((252, 252), (280, 280))  # base sizes, too
 SMALLER = ((140, 140), (168, 168), (182, 182), (196, 196))
-BUDGETS = (192, 154)  # of 256 tokens
+BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 POOLS = ("cls", "mean by area", "mean by token")
 FOLDS, DRAWS = 5, 200
 
@@ -85,14 +87,24 @@ class ClassStudy(Study):
             with self.as_set(setting):
                 for pixels, _ in track(self.batches(SPLITS, setting.image, 16), setting.name, console=console):
                     with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                        *_, (_, x_TD) = self.vit.run(self.normalized(pixels))
-                    layout, x_TD = self.vit.last_layout, self.vit.final_norm(x_TD.float())
-                    found["cls"].append(layout.prefix(x_TD)[:, 0])
-                    found["mean by area"].append(layout.to_map(x_TD).mean((2, 3)))
-                    found["mean by token"].append(torch.stack([x.mean(0) for x in layout.split(x_TD)]))
-                    found["tokens"].append(torch.tensor(layout.num_patches))
+                        of_batch = self.pooled(setting, self.normalized(pixels))
+                    for parts, part in zip(found.values(), of_batch):
+                        parts.append(part)
             save_tensors(file, {name: torch.cat(parts) for name, parts in found.items()})
         return load_file(file)
+
+    def pooled(self, setting: Setting, images: Tensor) -> tuple[Tensor, ...]:
+        """Per pooling the features of a batch (B, C), and its tokens (B,)."""
+        if setting.method == "tome":
+            *before, (x_BND, token_of_cell, count) = tome.after_blocks(self.vit, images, self.merges(setting))
+            x_BND = self.vit.norm(x_BND.float())
+            of_cells = x_BND.gather(1, token_of_cell[..., None].expand(-1, -1, x_BND.shape[2]))
+            tokens = (sum(part[2] for part in before) + count) / len(self.vit.blocks)
+            return x_BND[:, 0], of_cells.mean(1), x_BND[:, 1:].mean(1), torch.full((len(images),), tokens)
+        *_, (_, x_TD) = self.vit.run(images)
+        layout, x_TD = self.vit.last_layout, self.vit.final_norm(x_TD.float())
+        by_token = torch.stack([x.mean(0) for x in layout.split(x_TD)])
+        return layout.prefix(x_TD)[:, 0], layout.to_map(x_TD).mean((2, 3)), by_token, torch.tensor(layout.num_patches)
 
     def folds(self) -> Tensor:
         """Of every image the number of the fifth in which it is tested."""
@@ -171,7 +183,8 @@ def draw(path: Path, results: list[dict]) -> None:
     curves = {}
     for line in results:
         if line["pool"] == "cls":
-            name = {"apt": f"merging, {line['scorer']}", "dense": "dense, smaller images"}.get(line["method"])
+            merging = f"merging, {line['scorer']}, image of {line['image']}"
+            name = {"apt": merging, "dense": "dense, smaller images", "tome": "ToMe"}.get(line["method"])
             curves.setdefault(name or line["method"], []).append(line)
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
@@ -189,10 +202,16 @@ def draw(path: Path, results: list[dict]) -> None:
 
 
 def all_settings(with_learned: bool) -> list[Setting]:
-    scorers = ("entropy", "upsample_mse", *(["learned"] if with_learned else []))
-    adaptive = [Setting("apt", BASE, scorer, budget) for scorer in scorers for budget in BUDGETS]
-    dense = [Setting("dense", size) for size in (*SMALLER, BASE)]
-    return [*dense, *adaptive, *(Setting("random", BASE, None, budget) for budget in BUDGETS)]
+    def merging(size: tuple[int, int], method: str, scorer: str | None, shares: Sequence[float]) -> list[Setting]:
+        cells = Setting("dense", size).cells
+        return [Setting(method, size, scorer, round(share * cells)) for share in shares]
+
+    settings = [Setting("dense", size) for size in (*SMALLER, BASE, *LARGER)]
+    for size in (BASE, *LARGER) if with_learned else ():
+        settings += merging(size, "apt", "learned", BUDGETS)
+    for method, scorer in (("apt", "entropy"), ("apt", "upsample_mse"), ("random", None), ("tome", None)):
+        settings += merging(BASE, method, scorer, BUDGETS[1::2])
+    return settings
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ class Study:
         weights: of the network; None downloads timm's.
         work_dir: for everything that is kept.
         dtype: in which features are computed.
-        blocks: after which maps are taken.
+        blocks: after which maps are taken; negative ones count from the last.
         map_scale: of maps that are not repeated, see ``AdaptiveTrunk.set_up``.
     """
 
@@ -109,6 +109,7 @@ class Study:
         self.weights, self.work_dir, self.dtype, self.blocks = weights, work_dir, dtype, blocks
         self.map_scale = map_scale
         self.vit = self.build()
+        self.blocks = tuple(block % len(self.vit.blocks) for block in blocks)
 
     def build(self) -> nn.Module:
         """The frozen network, adaptive, with nothing merged yet."""
@@ -166,12 +167,15 @@ class Study:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             return torch.cat(self.vit.feature_maps(self.normalized(pixels), self.blocks, norm=True), 1).half()
 
+    def merges(self, setting: Setting) -> int:
+        """How many tokens ToMe merges in every block."""
+        return round((setting.cells - setting.budget) / (len(self.vit.blocks) / 2))
+
     @torch.inference_mode()
     def tome_maps(self, setting: Setting, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
         """Feature maps with ToMe, and the mean tokens of a layer."""
-        merges = round((setting.cells - setting.budget) / (len(self.vit.blocks) / 2))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            maps, tokens = tome.feature_maps(self.vit, self.normalized(pixels), merges, self.blocks)
+            maps, tokens = tome.feature_maps(self.vit, self.normalized(pixels), self.merges(setting), self.blocks)
         return torch.cat(maps, 1), tokens
 
     def maps_of(self, setting: Setting, pixels: Tensor) -> tuple[Tensor, float]:

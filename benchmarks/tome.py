@@ -3,7 +3,7 @@
 Legend: B images, N tokens, D channels, h heads, d channels of a head, r merges per block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +20,34 @@ def feature_maps(
     tokens before and after merging alike, without the CLS token.
     """
     grid = [side // vit.patch_embed.patch_size[0] for side in images.shape[2:]]
+    maps, counts = [], []
+    for index, (x_BND, token_of_cell, count) in enumerate(after_blocks(vit, images, merges)):
+        counts.append(count)
+        if index in indices:
+            cells = token_of_cell[..., None].expand(-1, -1, x_BND.shape[2])
+            maps.append(vit.norm(x_BND).gather(1, cells).transpose(1, 2).unflatten(2, grid))
+    return maps, sum(counts) / len(counts)
+
+
+def after_blocks(vit: VisionTransformer, images: Tensor, merges: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """After each block its tokens (B, N, D), prefix tokens first, the token of every base cell (B, cells), and the mean
+    of its patch tokens before and after merging."""
     x_BND = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-    num_prefix, maps, tokens = vit.num_prefix_tokens, [], []
+    num_prefix = vit.num_prefix_tokens
     size_BN = x_BND.new_ones(x_BND.shape[:2])
     token_of_cell = torch.arange(x_BND.shape[1], device=x_BND.device).expand(len(images), -1)[:, num_prefix:]
-    for index, block in enumerate(vit.blocks):
+    for block in vit.blocks:
         attention = block.attn
         q, k, v = attention.qkv(block.norm1(x_BND)).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weight_B11N = size_BN.log()[:, None, None]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=weight_B11N)
         x_BND = x_BND + block.ls1(attention.proj(mixed.transpose(1, 2).flatten(2)))
-        tokens.append(x_BND.shape[1] - num_prefix)
+        before = x_BND.shape[1] - num_prefix
         into_BN = match(k.mean(1), merges, num_prefix)
         x_BND, size_BN = merged(x_BND, size_BN, into_BN)
         token_of_cell = into_BN.gather(1, token_of_cell)
-        tokens.append(x_BND.shape[1] - num_prefix)
         x_BND = x_BND + block.ls2(block.mlp(block.norm2(x_BND)))
-        if index in indices:
-            cells = token_of_cell[..., None].expand(-1, -1, x_BND.shape[2])
-            maps.append(vit.norm(x_BND).gather(1, cells).transpose(1, 2).unflatten(2, grid))
-    return maps, sum(tokens) / len(tokens)
+        yield x_BND, token_of_cell, (before + x_BND.shape[1] - num_prefix) / 2
 
 
 def match(metric_BND: Tensor, merges: int, num_prefix: int) -> Tensor:

@@ -160,7 +160,7 @@ def classes() -> str:
         rows.setdefault((line["method"], line["scorer"], line["image"], line["budget"]), []).append(line)
     lines = []
     for (method, scorer, image, _), pools in rows.items():
-        label = f"merging, {scorer}" if method == "apt" else method
+        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
         columns = [(line, "accuracy", 1) for line in pools] + [(pools[0], "cross_entropy", 3)]
         cells = [
             _with_gain(line[key], line[f"{key}_gain"], line[f"{key}_error"], digits) for line, key, digits in columns

@@ -34,7 +34,8 @@ def small(monkeypatch):
     options = dict(depth=2, embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
     network = timm.create_model("vit_small_patch14_dinov2", **options).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
-    for name, value in dict(BASE=(56, 56), SMALLER=((28, 28), (42, 42)), BUDGETS=(10,), FOLDS=2, DRAWS=4).items():
+    sizes = dict(BASE=(56, 56), LARGER=((84, 84),), SMALLER=((28, 28), (42, 42)))
+    for name, value in dict(**sizes, BUDGETS=(0.5, 0.625), FOLDS=2, DRAWS=4).items():
         monkeypatch.setattr(classes, name, value)
 
 
@@ -52,10 +53,22 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
     assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
     features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()}
-    assert len(features) == 3 + 3 + 1, "dense sizes, scorers, random"
+    assert len(features) == 4 + 2 * 2 + 4, "dense sizes, learned, two other scorers, random and ToMe"
     classes.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()} == features
     assert json.loads(out.read_text()) == found
+
+
+@torch.inference_mode()
+def test_tome_pools_as_the_network_where_nothing_merges(data, small, tmp_path):
+    of_small = classes.ClassStudy(data, None, None, tmp_path, torch.float32)
+    images = torch.randn(2, 3, 56, 56)
+    of_all = of_small.pooled(Setting("tome", (56, 56), None, 16), images)
+    for ours, theirs in zip(of_all, of_small.pooled(Setting("dense", (56, 56)), images)):
+        torch.testing.assert_close(ours, theirs, check_dtype=False)
+    _, by_area, by_token, tokens = of_small.pooled(Setting("tome", (56, 56), None, 12), images)
+    assert tokens.tolist() == [12, 12], "4 merge in each of two blocks: 16 and 12 before, 12 and 8 after merging"
+    assert not torch.allclose(by_area, by_token)
 
 
 def test_missing_splits_are_named(data, small, tmp_path):
