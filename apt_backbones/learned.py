@@ -242,8 +242,7 @@ def in_fixed_point(stem: nn.Conv2d, tail: ScorerTail, pixels: Tensor, origin: di
         return layers[name](x)
 
     p, num_sizes = stem.kernel_size[0], len(tail.levels)
-    sizes = [p << (level + 1) for level in range(num_sizes)]
-    _run(_cells(pixels.cpu().float(), p, sizes[-1]), num_sizes, convert)
+    _run(_cells(pixels.cpu().float(), p, p << num_sizes), num_sizes, convert)
     return LearnedScorer(layers, p, origin)
 
 

@@ -154,6 +154,19 @@ def test_the_decision_depends_neither_on_autocast_nor_on_threads(scorer):
     assert all(torch.equal(found[size], expected[size]) for size in SIZES)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_gpu_scores_as_a_cpu(scorer, precision):
+    images = (torch.rand(2, 3, 224, 224) * 255).round()
+    expected = score_patches(images, SIZES, scorer)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = score_patches(images.cuda(), SIZES, scorer)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(found[size].cpu(), expected[size]) for size in SIZES)
+
+
 def test_plain_patches_score_nothing_and_broken_images_nan(scorer):
     images = (torch.rand(3, 3, 32, 32) * 255).round()
     images[0, :, :16, :16] = 124
