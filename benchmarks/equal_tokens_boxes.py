@@ -5,28 +5,32 @@ examples:
   python -m benchmarks.equal_tokens_boxes coco/val2017 coco/annotations/instances_val2017.json
   python -m benchmarks.equal_tokens_boxes photos/ boxes.json --weights dinov2_s14.safetensors
 
-A frozen DINOv2 ViT-S/14, a simple feature pyramid on its last map, and mmdet's ATSS head. Of the photographs that are
-there, ordered by their ids, seven tenths train the head and the scorer, a tenth (val) calibrates thresholds, and a
-fifth (test) is measured. Finished steps are kept in the work directory: the same command resumes.
+A frozen DINOv2 ViT-S/14; on its maps after blocks 6, 9 and 12 a simple feature pyramid with mmdet's Faster R-CNN, which
+finds objects of any class, and a linear layer that tells their classes from the network's own features. Of the
+photographs that are there, ordered by their ids, seven tenths train the heads and the scorer, a tenth (val) calibrates
+thresholds, and a fifth (test) is measured. Finished steps are kept in the work directory: the same command resumes.
 """
 
 import contextlib
 import io
 import json
+import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from mmcv.ops import roi_align
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from PIL import Image
+from PIL.Image import Resampling, Transform
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.progress import track
@@ -40,19 +44,24 @@ from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.mm.det import SimpleFeaturePyramid
 
+from .equal_tokens_classes import train_head
 from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text
 
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
 SMALLER = ((196, 266), (224, 294), (252, 336), (280, 378), (308, 406))
-TRAINED_AT = ((252, 336), BASE)  # the head sees both, so that it reads smaller images as well
+BLOCKS = (5, 8, 11)
+TRAINED_AT = ((252, 336), (336, 252), (294, 294))  # of views of the photographs at many scales
+ZOOMS = (0.5, 1.8)  # of a view, whose sides hold the whole photograph at 1
+SCORED_AT = ((252, 336), BASE)  # what the scorer learns from
 LEVELS = (7, 14, 28, 56, 112)  # strides; the coarsest is for objects that fill the image
-CHANNELS, EPOCHS, BATCH, RATE = 96, 8, 8, 1e-3
+CHANNELS, EPOCHS, BATCH, RATE = 128, 10, 8, 1e-3
+CLASS_VIEWS = 2  # of every photograph, for the classes
 SEEDS = (0,)
+LABELS = 3  # classes that a box may be of
 DRAWS = 50  # samples of the test images for the error bar
-KINDS = ("mAP", "small", "medium", "large", "person", "any class")
-WITH_ERRORS = ("mAP", "person", "any class")
+KINDS = ("mAP", "small", "medium", "large", "person", "any class", "any class, small")
+WITH_ERRORS = ("mAP", "person", "any class", "any class, small")
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
-SHARD = 64
 
 
 class Photo(NamedTuple):
@@ -95,50 +104,127 @@ def shape_of(image: Photo | Image.Image, size: tuple[int, int]) -> tuple[int, in
 
 
 class Detector(nn.Module):
-    """A small ViTDet: what reads the trunk's map."""
+    """What reads the trunk's maps (B, C, H, W): Faster R-CNN for objects of any class, and a linear layer for classes.
 
-    def __init__(self, channels: int, num_classes: int):
+    Args:
+        channels: C, of the maps of all blocks.
+        num_classes: of the linear layer.
+        dtype: in which convolutions are computed.
+    """
+
+    def __init__(self, channels: int, num_classes: int, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.neck = SimpleFeaturePyramid(channels, CHANNELS)
+        self.standardize = nn.BatchNorm2d(channels, affine=False)
+        self.reduce = nn.Conv2d(channels, 2 * CHANNELS, 1)
+        self.neck = SimpleFeaturePyramid(2 * CHANNELS, CHANNELS)
         del self.neck.p2  # its stride of a quarter patch costs more than all others
+        self.classes = nn.Linear(channels, num_classes)
+        self.dtype = dtype
         with DefaultScope.overwrite_default_scope("mmdet"):
-            self.head = MODELS.build(
-                ConfigDict(
-                    type="ATSSHead",
-                    num_classes=num_classes,
-                    in_channels=CHANNELS,
-                    feat_channels=CHANNELS,
-                    stacked_convs=1,
-                    anchor_generator=dict(
-                        type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=LEVELS
-                    ),
-                    bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
-                    loss_cls=dict(type="FocalLoss", use_sigmoid=True),
-                    loss_bbox=dict(type="GIoULoss", loss_weight=2.0),
-                    train_cfg=dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1),
-                    test_cfg=dict(
-                        nms_pre=1000,
-                        min_bbox_size=0,
-                        score_thr=0.01,
-                        nms=dict(type="nms", iou_threshold=0.6),
-                        max_per_img=100,
-                    ),
-                )
-            )
-        self.head.init_weights()
+            self.rpn = MODELS.build(ConfigDict(RPN))
+            self.roi = MODELS.build(ConfigDict(ROI))
+        self.rpn.init_weights()
+        self.roi.init_weights()
+        for part in (self.rpn, self.roi.bbox_head):  # mmcv's operators are in float32
+            part.forward = self._lower(part.forward)
 
-    def levels(self, maps: Tensor) -> tuple[Tensor, ...]:
-        p3, p4, p5 = (level(maps.float()).contiguous() for level in (self.neck.p3, self.neck.p4, self.neck.p5))
+    def _lower(self, function: Callable) -> Callable:
+        def of_float(found: Tensor | Sequence) -> Tensor | Sequence:
+            return found.float() if isinstance(found, Tensor) else type(found)(map(of_float, found))
+
+        def forward(*inputs: Tensor | Sequence[Tensor]) -> Tensor | Sequence:
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                found = function(*inputs)
+            return of_float(found)
+
+        return forward
+
+    def levels(self, standardized: Tensor) -> tuple[Tensor, ...]:
+        def pyramid(x: Tensor) -> tuple[Tensor, ...]:
+            x = self.reduce(x)
+            return tuple(level(x).contiguous() for level in (self.neck.p3, self.neck.p4, self.neck.p5))
+
+        p3, p4, p5 = self._lower(pyramid)(standardized)
         return p3, p4, p5, p5[:, :, ::2, ::2].contiguous(), p5[:, :, ::4, ::4].contiguous()
 
+    def loss(self, maps: Tensor, samples: list[DetDataSample]) -> Tensor:
+        """Of all but the classes; every image shows something."""
+        maps = self.standardize(maps.float())
+        levels, objects = self.levels(maps), [of_any_class(sample) for sample in samples]
+        losses, proposals = self.rpn.loss_and_predict(levels, objects, proposal_cfg=ConfigDict(PROPOSALS))
+        losses |= self.roi.loss(levels, proposals, objects)
+        return sum(loss if isinstance(loss, Tensor) else sum(loss) for name, loss in losses.items() if "loss" in name)
+
+    @torch.no_grad()
+    def predict(self, maps: Tensor, sample: DetDataSample) -> Tensor:
+        """Of one image, (N, 6): corners in its own pixels, score and class; up to ``LABELS`` classes per box."""
+        levels = self.levels(self.standardize(maps.float()))
+        (found,) = self.roi.predict(levels, self.rpn.predict(levels, [sample]), [sample])
+        logits = self.classes(mean_inside(maps, [found.bboxes]))
+        likely = logits.softmax(1).topk(min(LABELS, self.classes.out_features), 1)
+        scores = found.scores[:, None] * likely.values
+        scale = found.bboxes.new_tensor([*sample.scale_factor, *sample.scale_factor])
+        corners = (found.bboxes / scale)[:, None].expand(-1, scores.shape[1], -1)
+        return torch.cat([corners, scores[..., None], likely.indices[..., None]], 2).flatten(0, 1)
+
+    @torch.no_grad()
     def probabilities(self, maps: Tensor) -> Tensor:
-        """Of the classes and of none on the base cells (B, classes + 1, H, W): the mean of the two finest levels."""
-        finest, base, *_ = self.head(self.levels(maps))[0]
-        parts = []
-        for logits in (finest, base):
-            none = logits.new_zeros(len(logits), 1, *logits.shape[2:])
-            parts.append(torch.cat([logits, none], 1).softmax(1))
-        return (nn.functional.adaptive_avg_pool2d(parts[0], parts[1].shape[2:]) + parts[1]) / 2
+        """Of the classes and of none on the base cells (B, classes + 1, H, W): whether there is an object, as the two
+        finest levels have it, and the class of the cell."""
+        levels = self.levels(self.standardize(maps.float()))
+        finest, base, *_ = (logits.sigmoid().amax(1, keepdim=True) for logits in self.rpn(levels)[0])
+        is_object = (nn.functional.adaptive_avg_pool2d(finest, base.shape[2:]) + base) / 2
+        classes = self.classes(maps.float().movedim(1, -1)).softmax(-1).movedim(-1, 1)
+        return torch.cat([is_object * classes, 1 - is_object], 1)
+
+
+L1 = dict(type="L1Loss", loss_weight=1.0)
+PROPOSALS = dict(nms_pre=500, max_per_img=256, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0)
+RPN = dict(
+    type="RPNHead",
+    in_channels=CHANNELS,
+    feat_channels=CHANNELS,
+    anchor_generator=dict(type="AnchorGenerator", scales=[4], ratios=[0.5, 1.0, 2.0], strides=LEVELS),
+    bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[1.0, 1.0, 1.0, 1.0]),
+    loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True),
+    loss_bbox=L1,
+    train_cfg=dict(
+        assigner=dict(type="MaxIoUAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3),
+        sampler=dict(type="RandomSampler", num=256, pos_fraction=0.5, add_gt_as_proposals=False),
+        allowed_border=-1,
+        pos_weight=-1,
+    ),
+    test_cfg=PROPOSALS,
+)
+ROI = dict(
+    type="StandardRoIHead",
+    bbox_roi_extractor=dict(
+        type="SingleRoIExtractor",
+        roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=2),
+        out_channels=CHANNELS,
+        featmap_strides=LEVELS[:4],
+        finest_scale=28,
+    ),
+    bbox_head=dict(
+        type="Shared2FCBBoxHead",
+        in_channels=CHANNELS,
+        fc_out_channels=384,
+        roi_feat_size=7,
+        num_classes=1,
+        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
+        loss_cls=dict(type="CrossEntropyLoss"),
+        loss_bbox=L1,
+    ),
+    train_cfg=dict(
+        assigner=dict(
+            type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5, match_low_quality=False
+        ),
+        sampler=dict(type="RandomSampler", num=96, pos_fraction=0.33, add_gt_as_proposals=True),
+        pos_weight=-1,
+        debug=False,
+    ),
+    test_cfg=dict(score_thr=0.01, nms=dict(type="nms", iou_threshold=0.6), max_per_img=100),
+)
 
 
 class BoxStudy(Study):
@@ -147,7 +233,7 @@ class BoxStudy(Study):
     distill_epochs = 6  # of three times as many images as CamVid has
 
     def __init__(self, folder: Path, annotations: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, (11,))
+        super().__init__(weights, work_dir, dtype, BLOCKS)
         with contextlib.redirect_stdout(io.StringIO()):
             self.coco = COCO(str(annotations))
         self.photos = read_photos(folder, self.coco)
@@ -155,65 +241,59 @@ class BoxStudy(Study):
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
         return (pixels_of(read_rgb(photo.path), size) for photo in self.photos[split])
 
-    def dense(self, split: str, size: tuple[int, int], mirrored: bool = False) -> list[tuple[Tensor, DetDataSample]]:
-        """Maps of a split without merging, float16 (C, H, W), with what they show."""
-        self.vit.thresholds, found = {}, []
-        name = f"{split}_{text(size)}{'_mirrored' * mirrored}"
-        for start in track(range(0, len(self.photos[split]), SHARD), f"dense {name}", console=console):
-            file = self.work_dir / "dense" / name / f"{start}.safetensors"
-            part = self.photos[split][start : start + SHARD]
-            if not file.is_file():
-                pixels = {str(photo.id): pixels_of(read_rgb(photo.path), size) for photo in part}
-                save_tensors(file, {k: self.maps(x.flip(3) if mirrored else x)[0] for k, x in pixels.items()})
-            maps = load_file(file)
-            found += [(maps[str(photo.id)], sample_of(photo, size, mirrored)) for photo in part]
-        return found
-
     def detector(self, seed: int) -> Detector:
-        """Trained on dense maps of two sizes, and of mirrored images."""
+        """Trained on dense maps of views of the train split."""
         file = self.work_dir / f"detector_{seed}.safetensors"
         torch.manual_seed(seed)
-        detector = Detector(self.vit.embed_dim, len(self.coco.getCatIds()))
+        channels = len(self.blocks) * self.vit.embed_dim
+        detector = Detector(channels, len(self.coco.getCatIds()), self.dtype)
         if not file.is_file():
-            variants = [(size, mirrored) for size in TRAINED_AT for mirrored in (False, True)]
-            data = [item for variant in variants for item in self.dense("train", *variant)]
-            train_detector(detector, data, seed, self.work_dir / f"detector_{seed}_training.pth")
+            self.vit.thresholds = {}
+            photos = [photo for photo in self.photos["train"] if len(photo.boxes)]
+            train_detector(detector, photos, self.maps, seed, self.work_dir / f"detector_{seed}_training.pth")
+            train_classes(detector.classes, photos, self.maps, seed)
             save_tensors(file, detector.state_dict())
         detector.load_state_dict(load_file(file))
         return detector.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def views(self, split: str) -> list[Views]:
         """With what the first detector's probabilities lose by merging, at two sizes."""
-        detector, groups = self.detector(SEEDS[0]), {}
-        for size in TRAINED_AT:
-            for pixels, (maps, _) in zip(self.images(split, size), self.dense(split, size)):
-                losses = merging_losses(detector.probabilities(maps[None]), (2,))[0]
+        groups = {}
+        for size in SCORED_AT:
+            for pixels, losses in zip(self.images(split, size), self.losses(split, size)):
                 groups.setdefault(pixels.shape, []).append((pixels, losses))
         return [
-            Views(torch.cat([pixels for pixels, _ in group]), {MERGED: torch.cat([losses for _, losses in group])})
+            Views(torch.cat([pixels for pixels, _ in group]), {MERGED: torch.stack([losses for _, losses in group])})
             for group in groups.values()
         ]
+
+    def losses(self, split: str, size: tuple[int, int]) -> list[Tensor]:
+        """What the first detector's probabilities lose by merging in every photograph (H // 2, W // 2)."""
+        file = self.work_dir / f"losses_{split}_{text(size)}.safetensors"
+        if not file.is_file():
+            detector, found, self.vit.thresholds = self.detector(SEEDS[0]), {}, {}
+            images = zip(self.photos[split], self.images(split, size))
+            for photo, pixels in track(images, f"losses {split}", len(self.photos[split]), console=console):
+                found[str(photo.id)] = merging_losses(detector.probabilities(self.maps(pixels)), (2,))[0][0]
+            save_tensors(file, found)
+        kept = load_file(file)
+        return [kept[str(photo.id)] for photo in self.photos[split]]
 
     def detections(self, setting: Setting) -> dict:
         """Tokens per image of the test split, and every seed's detections."""
 
         def measure() -> dict:
             detectors = [self.detector(seed) for seed in SEEDS]
-            stored = self.dense("test", setting.image) if setting.method == "dense" else None
             found, tokens = [[] for _ in SEEDS], 0.0
             torch.manual_seed(0)
             with self.as_set(setting):
-                for index, photo in enumerate(track(self.photos["test"], setting.name, console=console)):
-                    if stored is None:
-                        maps, count = self.maps_of(setting, pixels_of(read_rgb(photo.path), setting.image))
-                        sample = sample_of(photo, setting.image)
-                    else:
-                        (features, sample), maps = stored[index], stored[index][0][None]
-                        count = features.shape[1] * features.shape[2]
+                for photo in track(self.photos["test"], setting.name, console=console):
+                    maps, count = self.maps_of(setting, pixels_of(read_rgb(photo.path), setting.image))
                     tokens += count
                     for detector, lines in zip(detectors, found):
-                        lines += [[photo.id, *line] for line in detections_of(detector, maps, sample)]
+                        boxes = detector.predict(maps, sample_of(photo, setting.image))
+                        boxes[:, 2:4] -= boxes[:, :2]
+                        lines += [[photo.id, *(round(value, 4) for value in line)] for line in boxes.tolist()]
             return {"tokens": tokens / len(self.photos["test"]), "detections": found}
 
         return self.kept(f"{setting.name}_detections", measure)
@@ -237,25 +317,60 @@ def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
 
 
-def sample_of(photo: Photo, size: tuple[int, int], mirrored: bool = False) -> DetDataSample:
+def sample_of(photo: Photo, size: tuple[int, int]) -> DetDataSample:
     """What mmdet's heads take beside maps: boxes in the pixels that the network sees."""
     shape = shape_of(photo, size)
     scale = (shape[1] / photo.width, shape[0] / photo.height)
-    boxes = photo.boxes * torch.tensor([*scale, *scale])
-    if mirrored:
-        boxes = torch.stack([shape[1] - boxes[:, 2], boxes[:, 1], shape[1] - boxes[:, 0], boxes[:, 3]], 1)
-    meta = dict(img_shape=shape, pad_shape=shape, ori_shape=(photo.height, photo.width), scale_factor=scale)
-    return DetDataSample(metainfo=meta, gt_instances=InstanceData(bboxes=boxes, labels=photo.classes))
+    return sample(photo.boxes * torch.tensor([*scale, *scale]), photo.classes, shape, scale)
 
 
-def train_detector(detector: Detector, data: list[tuple[Tensor, DetDataSample]], seed: int, state: Path) -> None:
-    """Train on maps (C, H, W) and what they show; batches are of one shape."""
-    shapes = {}
-    for index, (maps, _) in enumerate(data):
-        shapes.setdefault(maps.shape, []).append(index)
+def sample(
+    boxes: Tensor, classes: Tensor, shape: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0)
+) -> DetDataSample:
+    meta = dict(img_shape=shape, pad_shape=shape, batch_input_shape=shape, ori_shape=shape, scale_factor=scale)
+    return DetDataSample(metainfo=meta, gt_instances=InstanceData(bboxes=boxes, labels=classes))
+
+
+def of_any_class(found: DetDataSample) -> DetDataSample:
+    objects = found.gt_instances
+    return sample(objects.bboxes, torch.zeros_like(objects.labels), found.img_shape)
+
+
+def view_of(photo: Photo, size: tuple[int, int], chance: random.Random) -> tuple[Tensor, DetDataSample]:
+    """A random view: uint8 (3, *size), and those boxes of which it holds two fifths; grey beyond the photograph."""
+    (height, width), image = size, read_rgb(photo.path)
+    zoom = math.exp(chance.uniform(*map(math.log, ZOOMS)))
+    zoom *= min(width / photo.width, height / photo.height)
+    image = image.resize([max(1, round(side * zoom)) for side in image.size], Resampling.BICUBIC)
+    left, top = (chance.uniform(*sorted((0, seen - side))) for seen, side in zip((width, height), image.size))
+    image = image.transform((width, height), Transform.AFFINE, (1, 0, -left, 0, 1, -top), fillcolor=(124, 116, 104))
+    pixels, boxes = torch.from_numpy(np.array(image)).permute(2, 0, 1), photo.boxes * zoom
+    boxes = boxes + torch.tensor([left, top, left, top])
+    inside = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    is_seen = ((inside[:, 2:] - inside[:, :2]).clamp(min=0).prod(1) > 0.4 * (boxes[:, 2:] - boxes[:, :2]).prod(1)) & (
+        (inside[:, 2:] - inside[:, :2]).amin(1) > 2
+    )
+    boxes = inside[is_seen]
+    if chance.random() < 0.5:
+        pixels, boxes = (
+            pixels.flip(2),
+            torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1),
+        )
+    return pixels, sample(boxes, photo.classes[is_seen], size)
+
+
+def train_detector(
+    detector: Detector, photos: Sequence[Photo], maps_of: Callable[[Tensor], Tensor], seed: int, state: Path
+) -> None:
+    """Train on random views of photographs, each once an epoch.
+
+    Args:
+        maps_of: uint8 images (B, 3, height, width) -> the trunk's maps.
+        state: is kept up to date after every epoch; training goes on from it.
+    """
     optimizer = torch.optim.AdamW(detector.parameters(), RATE, weight_decay=0.05)
-    steps = EPOCHS * sum(len(group) // BATCH for group in shapes.values())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
+    steps = math.ceil(len(photos) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, EPOCHS * steps, pct_start=0.05)
     first = 0
     if state.is_file():
         kept = read_file(state)
@@ -264,36 +379,44 @@ def train_detector(detector: Detector, data: list[tuple[Tensor, DetDataSample]],
         schedule.load_state_dict(kept["schedule"])
         first = kept["epoch"]
     for epoch in range(first, EPOCHS):
-        chance, batches = random.Random(f"{seed} {epoch}"), []
-        for group in shapes.values():
-            order = chance.sample(group, len(group))
-            batches += [order[start : start + BATCH] for start in range(0, len(group) - BATCH + 1, BATCH)]
-        chance.shuffle(batches)
-        total = 0.0
-        for batch in track(batches, f"detector {seed}, epoch {epoch + 1}/{EPOCHS}", console=console):
-            samples = [data[index][1] for index in batch]
-            losses = detector.head.loss(detector.levels(torch.stack([data[index][0] for index in batch])), samples)
-            loss = sum(sum(parts) for parts in losses.values())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
-            optimizer.step()
+        chance, total = random.Random(f"{seed} {epoch}"), 0.0
+        torch.manual_seed(EPOCHS * seed + epoch)
+        order = chance.sample(photos, len(photos))
+        for start in track(range(0, len(order), BATCH), f"detector {seed}, {epoch + 1}/{EPOCHS}", console=console):
+            size = chance.choice(TRAINED_AT)
+            batch = [view_of(photo, size, chance) for photo in order[start : start + BATCH]]
+            batch = [(pixels, found) for pixels, found in batch if len(found.gt_instances)]
+            if batch:
+                images, samples = zip(*batch)
+                loss = detector.loss(maps_of(torch.stack(images)).clone(), list(samples))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
+                optimizer.step()
+                total += float(loss.detach())
             schedule.step()
-            total += float(loss.detach())
-        console.print(f"detector {seed}, epoch {epoch + 1}: loss {total / len(batches):.4f}", highlight=False)
+        console.print(f"detector {seed}, epoch {epoch + 1}: loss {total / steps:.4f}", highlight=False)
         kept = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict()}
         content = {**kept, "schedule": schedule.state_dict(), "epoch": epoch + 1}
         write_atomically(state, lambda unfinished: torch.save(content, unfinished))  # noqa: B023
 
 
-@torch.no_grad()
-def detections_of(detector: Detector, maps: Tensor, sample: DetDataSample) -> list[list[float]]:
-    """Lines of image id, x, y, width, height, score, class, in the photograph's own pixels, rounded."""
-    (found,) = detector.head.predict(detector.levels(maps), [sample], rescale=True)
-    corners = found.bboxes
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    lines = torch.cat([boxes, found.scores[:, None], found.labels[:, None]], 1)
-    return [[round(value, 4) for value in line] for line in lines.tolist()]
+def train_classes(classes: nn.Linear, photos: Sequence[Photo], maps_of: Callable[[Tensor], Tensor], seed: int) -> None:
+    """Logistic regression on the mean features inside the boxes of random views; arguments as of ``train_detector``."""
+    chance, x, labels = random.Random(f"{seed} classes"), [], []
+    for photo in track(list(photos) * CLASS_VIEWS, f"features of boxes {seed}", console=console):
+        image, found = view_of(photo, chance.choice(TRAINED_AT), chance)
+        if len(found.gt_instances):
+            x.append(mean_inside(maps_of(image[None]).clone(), [found.gt_instances.bboxes]))
+            labels.append(found.gt_instances.labels)
+    classes.load_state_dict(train_head(torch.cat(x), torch.cat(labels), classes.out_features).state_dict())
+
+
+def mean_inside(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Mean features in boxes per image (N, 4), all images' one after another (N, C), of the trunk's maps."""
+    numbered = [torch.cat([part.new_full((len(part), 1), index), part], 1) for index, part in enumerate(boxes)]
+    maps = maps.float().contiguous()  # mmcv reads memory as if it were
+    return roi_align(maps, torch.cat(numbered), (3, 3), 1 / PATCH, 2).mean((2, 3))
 
 
 def average_precisions(coco: COCO, image_ids: Sequence[int], lines: Sequence[Sequence[float]], draws: int) -> dict:
@@ -310,32 +433,40 @@ def average_precisions(coco: COCO, image_ids: Sequence[int], lines: Sequence[Seq
     detections[:, 6] = np.array(categories)[detections[:, 6].astype(int)]
     with contextlib.redirect_stdout(io.StringIO()):
         found = coco.loadRes(detections)
-        precision, by_class = _evaluate(COCOeval(coco, found, "bbox"), image_ids, draws)
-        of_any = COCOeval(coco, found, "bbox")
+        precision, by_class = _evaluate(COCOeval(coco, found, "bbox"), image_ids, draws, 1)
+        # A box counts once, whatever classes it may be of.
+        by_score = detections[detections[:, 5].argsort(kind="stable")[::-1]]
+        once = by_score[np.sort(np.unique(by_score[:, :5], axis=0, return_index=True)[1])]
+        of_any = COCOeval(coco, coco.loadRes(once), "bbox")
         of_any.params.useCats = 0
-        precision_of_any, any_class = _evaluate(of_any, image_ids, draws)
+        precision_of_any, any_class = _evaluate(of_any, image_ids, draws, 2)
     person = categories.index(next(c["id"] for c in coco.dataset["categories"] if c["name"] == "person"))
     result = {name: _mean(precision[..., area]) for area, name in enumerate(("mAP", "small", "medium", "large"))}
     result |= {"person": _mean(precision[:, :, person, 0]), "any class": _mean(precision_of_any[..., 0])}
-    pairs = zip(by_class, any_class)
-    result["draws"] = [[_mean(of_all), _mean(of_all[:, :, person]), _mean(any_)] for of_all, any_ in pairs]
+    result["any class, small"] = _mean(precision_of_any[..., 1])
+    result["draws"] = [
+        [_mean(of_all), _mean(of_all[:, :, person]), _mean(any_[..., 0]), _mean(any_[..., 1])]
+        for of_all, any_ in zip(by_class, any_class)
+    ]
     return result
 
 
-def _evaluate(evaluation: COCOeval, image_ids: Sequence[int], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Precisions (thresholds, recalls, classes, areas) with the most detections, and of every sample of the images
-    those of objects of any area (thresholds, recalls, classes)."""
+def _evaluate(
+    evaluation: COCOeval, image_ids: Sequence[int], draws: int, drawn_areas: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Precisions (thresholds, recalls, classes, areas) with the most detections, and the same of every sample of the
+    images, of the first areas alone."""
     evaluation.params.imgIds = list(image_ids)
     evaluation.evaluate()
     evaluation.accumulate()
     precision, samples = evaluation.eval["precision"][..., -1], []
     areas, count = len(evaluation.params.areaRng), len(image_ids)
     whole, chance = np.array(evaluation.evalImgs, object).reshape(-1, areas, count), random.Random(0)
-    evaluation._paramsEval.areaRng = evaluation.params.areaRng = evaluation.params.areaRng[:1]
+    evaluation._paramsEval.areaRng = evaluation.params.areaRng = evaluation.params.areaRng[:drawn_areas]
     for _ in range(draws):
-        evaluation.evalImgs = list(whole[:, :1, chance.choices(range(count), k=count)].flatten())
+        evaluation.evalImgs = list(whole[:, :drawn_areas, chance.choices(range(count), k=count)].flatten())
         evaluation.accumulate()
-        samples.append(evaluation.eval["precision"][..., 0, -1])
+        samples.append(evaluation.eval["precision"][..., -1])
     return precision, samples
 
 
@@ -344,7 +475,9 @@ def _mean(precision: np.ndarray) -> float:
     return float(100 * precision[precision > -1].mean())
 
 
-def all_settings() -> list[Setting]:
+def all_settings(also: Sequence[str] = ()) -> list[Setting]:
+    """Of everything; ``also`` are files of other learned scorers."""
+
     def tokens(share: float) -> int:
         return round(share * Setting("dense", BASE).cells)
 
@@ -353,6 +486,9 @@ def all_settings() -> list[Setting]:
     learned += [Setting("apt", BASE, "learned", tokens(share)) for share in BUDGETS[1::2]]
     pixel = [Setting("apt", BASE, scorer, tokens(0.6), fill="interpolate") for scorer in ("entropy", "upsample_mse")]
     others = [Setting(method, BASE, None, tokens(0.6)) for method in ("random", "tome")]
+    others += [
+        Setting("apt", BASE, file, tokens(share), fill="interpolate") for file in also for share in BUDGETS[1::2]
+    ]
     return dense + learned + pixel + others
 
 
@@ -412,7 +548,12 @@ def draw(path: Path, results: list[dict]) -> None:
             return "dense, smaller images"
         return f"{line['scorer'] or line['method']}, image of {line['image']}"
 
-    titles = {"mAP": "all classes", "any class": "objects of any class", "small": "small objects", "person": "persons"}
+    titles = {
+        "mAP": "all classes",
+        "person": "persons",
+        "any class": "objects of any class",
+        "any class, small": "small objects of any class",
+    }
     figure, panels = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
     for panel, key in zip(panels, titles):
         for name in dict.fromkeys(map(name_of, results)):
@@ -428,7 +569,7 @@ def draw(path: Path, results: list[dict]) -> None:
         panel.grid(alpha=0.3)
     panels[0].set(ylabel=f"box AP on the test split, mean of {len(SEEDS)} detectors")
     panels[0].legend(fontsize="small")
-    figure.suptitle("COCO photographs, frozen DINOv2 ViT-S/14, small ViTDet with ATSS head")
+    figure.suptitle("COCO photographs, frozen DINOv2 ViT-S/14, simple feature pyramid with Faster R-CNN")
     figure.savefig(path, dpi=130)
 
 
@@ -436,10 +577,11 @@ def main() -> None:
     parser = study_parser(__doc__, "equal_tokens_boxes")
     parser.add_argument("images", type=Path, help="folder with (some of) the photographs")
     parser.add_argument("annotations", type=Path, help="COCO's instances_val2017.json")
+    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, measured as well")
     parser.add_argument("--out", type=Path, default=Path("docs/results/equal_tokens_coco.json"))
     args = parser.parse_args()
     study = BoxStudy(args.images, args.annotations, args.weights, args.work_dir, getattr(torch, args.dtype))
-    settings, results = all_settings(), []
+    settings, results = all_settings(args.also), []
     measured = {setting: study.quality(setting) for setting in settings}
     photos = study.photos["test"]
     times = study.times(settings, lambda n, size: pixels_of(read_rgb(photos[n * (len(photos) // 4)].path), size))

@@ -37,8 +37,8 @@ from .study import Setting, Study, about, between, console, study_parser
 
 SPLITS = ("train", "validation", "test")
 BASE = (224, 224)
-LARGER = ((252, 252), (280, 280))  # base sizes, too
-SMALLER = ((140, 140), (168, 168), (182, 182), (196, 196))
+OTHERS = ((196, 196), (252, 252))  # base sizes, too
+SMALLER = ((140, 140), (168, 168), (182, 182))
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 POOLS = ("cls", "mean by area", "mean by token")
 FOLDS, DRAWS = 5, 200
@@ -113,8 +113,9 @@ class ClassStudy(Study):
     def probabilities(self, settings: Sequence[Setting]) -> dict[tuple[Setting, str], Tensor]:
         """Per setting and pooling the probabilities of every image, by the heads that did not learn from it."""
         folds, dense = self.folds(), self.features(Setting("dense", BASE))
+        learned_from, num_classes = [folds != fold for fold in range(FOLDS)], int(self.labels.max()) + 1
         heads = {
-            pool: [train_head(dense[pool][folds != fold], self.labels[folds != fold]) for fold in range(FOLDS)]
+            pool: [train_head(dense[pool][part], self.labels[part], num_classes) for part in learned_from]
             for pool in POOLS
         }
         found = {}
@@ -126,10 +127,10 @@ class ClassStudy(Study):
         return found
 
 
-def train_head(x: Tensor, labels: Tensor) -> nn.Sequential:
+def train_head(x: Tensor, labels: Tensor, num_classes: int) -> nn.Linear:
     """Logistic regression on standardized features."""
     center, spread = x.mean(0), x.std(0).clamp(min=1e-6)
-    head = nn.Linear(x.shape[1], int(labels.max()) + 1)
+    head = nn.Linear(x.shape[1], num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     x = (x - center) / spread
@@ -206,8 +207,8 @@ def all_settings(with_learned: bool) -> list[Setting]:
         cells = Setting("dense", size).cells
         return [Setting(method, size, scorer, round(share * cells)) for share in shares]
 
-    settings = [Setting("dense", size) for size in (*SMALLER, BASE, *LARGER)]
-    for size in (BASE, *LARGER) if with_learned else ():
+    settings = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
+    for size in (BASE, *OTHERS) if with_learned else ():
         settings += merging(size, "apt", "learned", BUDGETS)
     for method, scorer in (("apt", "entropy"), ("apt", "upsample_mse"), ("random", None), ("tome", None)):
         settings += merging(BASE, method, scorer, BUDGETS[1::2])

@@ -29,7 +29,7 @@ DOCUMENTS = (
     "cls_configs/README.md",
     "docs/learned_scorer.md",
 )
-METRICS = ("mIoU", "mAP", "any class", "small", "large", "person")
+METRICS = ("mIoU", "mAP", "person", "any class", "any class, small")
 FILLS = {"repeat": "network's maps", "interpolate": "interpolated", "learned": "learned", "dense": "dense maps"}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -132,7 +132,6 @@ def equal_tokens(name: str) -> str:
             gain, error = entry.get("kept"), entry.get("spread")
         else:
             gain, error = entry.get(metric, [None, None])[1], (entry.get("errors") or {}).get(metric)
-        gain = None if metric in ("small", "large") else gain
         return _with_gain(statistics.mean(line[metric] for line in points[point]), gain, error)
 
     for method, scorer, fill, image, budget in points:

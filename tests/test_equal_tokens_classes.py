@@ -34,7 +34,7 @@ def small(monkeypatch):
     options = dict(depth=2, embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
     network = timm.create_model("vit_small_patch14_dinov2", **options).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
-    sizes = dict(BASE=(56, 56), LARGER=((84, 84),), SMALLER=((28, 28), (42, 42)))
+    sizes = dict(BASE=(56, 56), OTHERS=((84, 84),), SMALLER=((28, 28), (42, 42)))
     for name, value in dict(**sizes, BUDGETS=(0.5, 0.625), FOLDS=2, DRAWS=4).items():
         monkeypatch.setattr(classes, name, value)
 
@@ -82,9 +82,9 @@ def test_nobody_is_tested_by_a_head_that_knows_it(data, small, tmp_path, monkeyp
     learned_from = []
     original = classes.train_head
 
-    def train_head(x, labels):
+    def train_head(x, labels, num_classes):
         learned_from.append(x)
-        return original(x, labels)
+        return original(x, labels, num_classes)
 
     monkeypatch.setattr(classes, "train_head", train_head)
     dense = Setting("dense", classes.BASE)
