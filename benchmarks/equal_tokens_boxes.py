@@ -483,12 +483,9 @@ def all_settings(also: Sequence[str] = ()) -> list[Setting]:
 
     dense = [Setting("dense", size) for size in (*SMALLER, BASE)]
     learned = [Setting("apt", BASE, "learned", tokens(share), fill="interpolate") for share in BUDGETS]
-    learned += [Setting("apt", BASE, "learned", tokens(share)) for share in BUDGETS[1::2]]
     pixel = [Setting("apt", BASE, scorer, tokens(0.6), fill="interpolate") for scorer in ("entropy", "upsample_mse")]
     others = [Setting(method, BASE, None, tokens(0.6)) for method in ("random", "tome")]
-    others += [
-        Setting("apt", BASE, file, tokens(share), fill="interpolate") for file in also for share in BUDGETS[1::2]
-    ]
+    others += [Setting("apt", BASE, file, tokens(0.6), fill="interpolate") for file in also]
     return dense + learned + pixel + others
 
 
