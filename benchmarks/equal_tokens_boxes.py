@@ -44,8 +44,7 @@ from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.mm.det import SimpleFeaturePyramid
 
-from .equal_tokens_classes import train_head
-from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text
+from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text, train_head
 
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
 SMALLER = ((196, 266), (224, 294), (252, 336), (280, 378), (308, 406))
@@ -321,23 +320,29 @@ def sample_of(photo: Photo, size: tuple[int, int]) -> DetDataSample:
     """What mmdet's heads take beside maps: boxes in the pixels that the network sees."""
     shape = shape_of(photo, size)
     scale = (shape[1] / photo.width, shape[0] / photo.height)
-    return sample(photo.boxes * torch.tensor([*scale, *scale]), photo.classes, shape, scale)
+    return shown(photo.boxes * torch.tensor([*scale, *scale]), photo.classes, shape, scale)
 
 
-def sample(
+def shown(
     boxes: Tensor, classes: Tensor, shape: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0)
 ) -> DetDataSample:
+    """Boxes (N, 4), corners in the pixels of an image of ``shape``, and classes (N,), as mmdet has them.
+
+    Args:
+        scale: of the image's width and height over the photograph's.
+    """
     meta = dict(img_shape=shape, pad_shape=shape, batch_input_shape=shape, ori_shape=shape, scale_factor=scale)
     return DetDataSample(metainfo=meta, gt_instances=InstanceData(bboxes=boxes, labels=classes))
 
 
 def of_any_class(found: DetDataSample) -> DetDataSample:
+    """The same boxes, all of class 0."""
     objects = found.gt_instances
-    return sample(objects.bboxes, torch.zeros_like(objects.labels), found.img_shape)
+    return shown(objects.bboxes, torch.zeros_like(objects.labels), found.img_shape)
 
 
 def view_of(photo: Photo, size: tuple[int, int], chance: random.Random) -> tuple[Tensor, DetDataSample]:
-    """A random view: uint8 (3, *size), and those boxes of which it holds two fifths; grey beyond the photograph."""
+    """A random view, uint8 (3, *size), grey beyond the photograph, and the boxes of which it holds two fifths."""
     (height, width), image = size, read_rgb(photo.path)
     zoom = math.exp(chance.uniform(*map(math.log, ZOOMS)))
     zoom *= min(width / photo.width, height / photo.height)
@@ -347,16 +352,13 @@ def view_of(photo: Photo, size: tuple[int, int], chance: random.Random) -> tuple
     pixels, boxes = torch.from_numpy(np.array(image)).permute(2, 0, 1), photo.boxes * zoom
     boxes = boxes + torch.tensor([left, top, left, top])
     inside = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    is_seen = ((inside[:, 2:] - inside[:, :2]).clamp(min=0).prod(1) > 0.4 * (boxes[:, 2:] - boxes[:, :2]).prod(1)) & (
-        (inside[:, 2:] - inside[:, :2]).amin(1) > 2
-    )
-    boxes = inside[is_seen]
+    seen, whole = (corners[:, 2:] - corners[:, :2] for corners in (inside, boxes))
+    is_kept = (seen.clamp(min=0).prod(1) > 0.4 * whole.prod(1)) & (seen.amin(1) > 2)
+    boxes = inside[is_kept]
     if chance.random() < 0.5:
-        pixels, boxes = (
-            pixels.flip(2),
-            torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1),
-        )
-    return pixels, sample(boxes, photo.classes[is_seen], size)
+        left, top, right, bottom = boxes.unbind(1)
+        pixels, boxes = pixels.flip(2), torch.stack([width - right, top, width - left, bottom], 1)
+    return pixels, shown(boxes, photo.classes[is_kept], size)
 
 
 def train_detector(

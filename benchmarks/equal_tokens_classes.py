@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -33,7 +33,7 @@ from apt_backbones.distill import save_tensors
 from apt_backbones.files import write_atomically
 
 from . import tome
-from .study import Setting, Study, about, between, console, study_parser
+from .study import Setting, Study, about, between, console, study_parser, train_head
 
 SPLITS = ("train", "validation", "test")
 BASE = (224, 224)
@@ -125,28 +125,6 @@ class ClassStudy(Study):
                 of_heads = torch.stack([head(features[pool]).softmax(1) for head in heads[pool]])
                 found[setting, pool] = of_heads[folds, torch.arange(len(folds))]
         return found
-
-
-def train_head(x: Tensor, labels: Tensor, num_classes: int) -> nn.Linear:
-    """Logistic regression on standardized features."""
-    center, spread = x.mean(0), x.std(0).clamp(min=1e-6)
-    head = nn.Linear(x.shape[1], num_classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    x = (x - center) / spread
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(head(x), labels) + 5e-3 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        head.weight.div_(spread)
-        head.bias.sub_(head.weight @ center)
-    return head.requires_grad_(False)
 
 
 def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float, Tensor]], values: Tensor) -> dict:

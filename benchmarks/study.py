@@ -295,6 +295,28 @@ def between(points: list[tuple[float, float]], tokens: float) -> float | None:
     return None
 
 
+def train_head(x: Tensor, labels: Tensor, num_classes: int) -> nn.Linear:
+    """Logistic regression on standardized features."""
+    center, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    head = nn.Linear(x.shape[1], num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    x = (x - center) / spread
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(head(x), labels) + 5e-3 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        head.weight.div_(spread)
+        head.bias.sub_(head.weight @ center)
+    return head.requires_grad_(False)
+
+
 @torch.inference_mode()
 def cpu_seconds(function: Callable[[Tensor], object], pixels: Tensor) -> float:
     started = time.thread_time()
