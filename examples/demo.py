@@ -169,8 +169,8 @@ def page_of(task: str, content: dict, command: str) -> dict:
                 "svg": share_histogram(shares, budget),
                 "caption": (
                     f"Asked: keep {budget:.0%} of the tokens of {len(shares)} images. Found: patches are merged if "
-                    f"their {content['scorer']} score is below {listed(content)}. The smoothest image keeps "
-                    f"{min(shares):.0%} of its tokens, the busiest {max(shares):.0%}."
+                    f"their {content['scorer']} score is below {listed(content['thresholds'])}. The smoothest image "
+                    f"keeps {min(shares):.0%} of its tokens, the busiest {max(shares):.0%}."
                 ),
             },
             {

@@ -14,9 +14,12 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
+from examples.demo import page_of
 from examples.demo_page import data_uri, render, share_histogram, training_curve
 from examples.demo_pictures import CLASS_COLORS, class_legend, detections, label_map, spread
+from examples.report import AFTER, DENSE
 from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options, run_script, wait_for
+from tools.results import Result
 
 # ------------------------------------------------------------------------------------------- pictures
 
@@ -114,6 +117,39 @@ def test_charts_take_the_pages_text_color():
         assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", chart[: chart.index(">")])
 
 
+@pytest.mark.parametrize("task", ["det", "seg", "llava"])
+def test_the_page_of_a_run_says_what_was_found(task):
+    results = [
+        Result("run", DENSE, {"mAP": 66.4}, 576.0, 1.0, 1.0, 13.0, 1.0),
+        Result("run", AFTER, {"mAP": 65.5}, 372.8, 0.745, 0.258, 14.3, 1.1),
+    ]
+    content = {
+        "what": "detector",
+        "results": results,
+        "losses": [(1, 3.0), (60, 2.5)],
+        "shares": [0.4, 0.7, 0.9],
+        "budget": 0.7,
+        "real_size": {"what": "EVA-02-B", "kept": 0.7, "median": 1.5, "min": 1.4, "max": 1.6},
+        "minutes_short_finetune": 0.9,
+        "measured_on": "a few images",
+        "speed_text": "Measured.",
+        "hardware": "a processor",
+        "versions": {"torch": "2.13"},
+        "scorer": "laplacian",
+        "thresholds": {16: 0.01541, 32: 0.0046228},
+        "legends": [],
+        "pictures": [],
+        "next": "python tools/train.py config.py",
+    }
+    page = Page(render(page_of(task, content, "examples/demo.py det")))
+    for expected in (
+        "laplacian score is below 0.01541 at 16 px, 0.0046228 at 32 px",
+        "66.4 → 65.5",
+        "1.50 times as fast",
+    ):
+        assert expected in page.text
+
+
 def test_the_commands_on_the_page_exist():
     from examples import demo_llava, demo_mm
 
@@ -148,6 +184,7 @@ def test_a_stopped_demo_resumes_and_repeats_nothing(task, photoshapes, checkpoin
     """Killed in the short fine-tune, interrupted between evaluations, then finished, and started once more."""
     command, folder = arguments(task, photoshapes, tmp_path, checkpoint), tmp_path / task
     steps, begun = folder / "steps", ("iter_2.pth", "checkpoint-*/trainer_state.json")
+    first = "thresholds" if task == "llava" else "thresholds_apt"
 
     def start():
         return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
@@ -155,7 +192,7 @@ def test_a_stopped_demo_resumes_and_repeats_nothing(task, photoshapes, checkpoin
     with start() as process:
         wait_for(process, lambda: any(list(folder.glob(f"*/{name}")) for name in begun))
         process.send_signal(signal.SIGKILL)
-    assert [path.stem for path in steps.iterdir()] == ["thresholds"] and not (folder / "index.html").exists()
+    assert [path.stem for path in steps.iterdir()] == [first] and not (folder / "index.html").exists()
 
     with start() as process:
         wait_for(process, lambda: len(list(steps.glob("*.json"))) >= 3)
@@ -180,7 +217,7 @@ def test_a_stopped_demo_resumes_and_repeats_nothing(task, photoshapes, checkpoin
 
     # With another budget no step is taken over.
     with subprocess.Popen([*command, "--removed", "0.1"], cwd=ROOT, env=ENVIRONMENT) as process:
-        wait_for(process, lambda: json.loads((steps / "thresholds.json").read_text())["inputs"]["removed"] == 0.1)
+        wait_for(process, lambda: json.loads((steps / f"{first}.json").read_text())["inputs"]["removed"] == 0.1)
         wait_for(process, lambda: len(list(folder.glob("*-*/"))) == 2)  # another short fine-tune
         process.send_signal(signal.SIGKILL)
 
