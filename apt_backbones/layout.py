@@ -216,13 +216,13 @@ class PatchLayout:
             map_BDHW: on the base cells.
             scale: the result is on cells so many times finer. With 1 only merged patches have several cells.
         """
-        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), scale)
-        share_B1HW = F.avg_pool2d(has_token_B1HW, 3, 1, padding=1).clamp(min=1 / 9)  # of a cell's 3 x 3 neighbours
-        filled_BDHW = self.refine(map_BDHW, scale)
-        for _ in range(max(self._factors, default=1) * scale // 2):
-            near_BDHW = F.avg_pool2d(filled_BDHW, 3, 1, padding=1) / share_B1HW
-            filled_BDHW = self.add_detail(map_BDHW, near_BDHW, scale)
-        return filled_BDHW
+        means = max(1, max(self._factors, default=1) // 2)
+        rows, columns = (_near(cells, scale, means, map_BDHW.device, map_BDHW.dtype) for cells in self.grid)
+        near_BDHW = _along_axes(map_BDHW, rows, columns)
+        if self.num_empty:
+            share_B1HW = _along_axes((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), rows, columns)
+            near_BDHW = near_BDHW / share_B1HW.clamp(min=1e-3)
+        return self.add_detail(map_BDHW, near_BDHW, scale)
 
     def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor, scale: int = 1) -> Tensor:
         """Add to the cells of every patch what a second map holds there, less its mean over the patch.
@@ -236,7 +236,8 @@ class PatchLayout:
             means = self.refine(F.avg_pool2d(cell_BDHW, factor), factor)
             rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
             mean_BDHW = torch.where(self._factor_B1HW == factor, F.pad(means, (0, rest[1], 0, rest[0])), mean_BDHW)
-        added_BDHW = detail_BDHW + self.refine(map_BDHW - mean_BDHW, scale)
+        fine = detail_BDHW.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
+        added_BDHW = (fine + (map_BDHW - mean_BDHW)[:, :, :, None, :, None]).flatten(4).flatten(2, 3)
         if scale > 1 and not self.num_empty:
             return added_BDHW
         has_several_B1HW = self.refine(self._factor_B1HW * scale > 1, scale)
@@ -387,3 +388,23 @@ def _window_order(height: int, width: int, window: int | None, device: torch.dev
 def _dense_layout(batch_size, grid, patch_size, window, num_prefix, device) -> PatchLayout:
     sides_BHW = torch.full((batch_size, *grid), patch_size, device=device)
     return PatchLayout.build(sides_BHW, patch_size, window=window, num_prefix=num_prefix)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _near(cells: int, scale: int, times: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The mean of every cell and its neighbours, taken several times, on cells ``scale`` times finer, along one axis:
+    (cells * scale, cells)."""
+    cell = torch.arange(cells * scale)
+    mean = ((cell[:, None] - cell).abs() <= 1).double()
+    repeated = torch.eye(cells, dtype=torch.float64).repeat_interleave(scale, 0)
+    for _ in range(times):
+        repeated = mean / mean.sum(1, keepdim=True) @ repeated
+    return repeated.to(device, dtype)
+
+
+def _along_axes(map_BDHW: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply a map with a matrix along its height and another along its width. Channels-last in memory, as ``to_map``
+    has it."""
+    across_BHWD = columns @ map_BDHW.permute(0, 2, 3, 1)
+    return (rows @ across_BHWD.flatten(2)).unflatten(2, across_BHWD.shape[2:]).permute(0, 3, 1, 2)

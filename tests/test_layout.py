@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,6 +109,26 @@ def test_interpolated_maps_keep_the_mean_of_every_patch(case, scale):
             assert torch.equal(cells[0], tokens[token])
         elif len(cells):
             torch.testing.assert_close(cells.mean(0), tokens[token], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(8,), (8, 16)])
+def test_interpolation_takes_means_of_neighbours_and_moves_them_to_the_tokens(sizes, scale):
+    sides = torch.full((1, 6, 8), 4)
+    sides[0, :2, 2:4] = 8
+    if 16 in sizes:
+        sides[0, :4, 4:] = 16
+    layout = PatchLayout.build(sides, 4, sizes)
+    repeated = layout.to_map(torch.randn(layout.num_tokens, 3))
+    expected = F.interpolate(repeated, scale_factor=scale, mode="nearest")
+    for _ in range(max(sizes) // 8):
+        expected = F.avg_pool2d(expected, 3, stride=1, padding=1, count_include_pad=False)
+    token_HW = F.interpolate(layout.token_BHW[None].double(), scale_factor=scale, mode="nearest")[0, 0]
+    for token in range(layout.num_tokens):
+        row, column = layout.row_T[token], layout.column_T[token]
+        cells = expected[0, :, token_HW == token]
+        expected[0, :, token_HW == token] = cells - cells.mean(1, keepdim=True) + repeated[0, :, row, column, None]
+    torch.testing.assert_close(layout.interpolate(repeated, scale), expected)
 
 
 @given(layouts(most_prefix=2))
