@@ -51,7 +51,7 @@ class ScorerTail(nn.Module):
                     {
                         "down": nn.Conv2d(2 * width if level else width, 2 * width, 2, stride=2),
                         "mix": nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-                        "far": nn.Conv2d(2 * width, 2 * width, 3, padding=2, dilation=2, groups=4),
+                        "far": nn.Conv2d(2 * width, 2 * width, 3, padding=2, dilation=2),
                         "out": nn.Conv2d(2 * width, 1, 1),
                     }
                 )
@@ -332,16 +332,11 @@ def _shapes(p: int, width: int, num_sizes: int) -> dict[str, tuple[int, int]]:
 
 
 def _matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weights (K, O) in the order in which inputs are gathered, groups as zeros, and bias (O,); float64."""
+    """Weights (K, O) in the order in which inputs are gathered, and bias (O,); float64."""
     weight, bias = (part.detach().cpu().double() for part in (convolution.weight, convolution.bias))
     if convolution.in_channels == 3:  # of pixels, channel by channel
         return weight.flatten(1).T, bias
-    per_group = convolution.out_channels // convolution.groups
-    whole = weight.new_zeros(len(weight), convolution.in_channels, *weight.shape[2:])
-    for group, part in enumerate(weight.split(per_group)):
-        inputs = slice(group * part.shape[1], (group + 1) * part.shape[1])
-        whole[group * per_group : (group + 1) * per_group, inputs] = part
-    return whole.permute(2, 3, 1, 0).flatten(0, 2), bias
+    return weight.permute(2, 3, 1, 0).flatten(0, 2), bias
 
 
 def _rounded(name: str, weight: Tensor, bias: Tensor, unit: Tensor) -> Layer:

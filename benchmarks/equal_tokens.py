@@ -15,6 +15,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from tools.cli import run
 from apt_backbones.calibrate import score_maps_of
-from apt_backbones.distill import Views, ViewSettings, merging_losses, save_tensors
+from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import save_new_layers
@@ -59,6 +60,7 @@ OTHERS = (302, 390)  # budgets of the baselines
 SCORER_SEEDS = (0, 1, 2)  # for the smallest base image
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 DETAIL_STEPS = 400
+PARTS = ViewSettings(BASES[0], scales=(0.78, 1.3), copies=6)  # of training images, for scorers
 VIEWED = {1: (0.55, 1.1), 2: (1.0, 1.45)}  # by map scale: zooms of the largest base image in training views
 CHUNK = 32
 
@@ -206,21 +208,37 @@ class CamVidStudy(Study):
             heads.append(head.eval().requires_grad_(False))
         return heads
 
+    @cached_property
+    def linear_heads(self) -> list[nn.Module]:
+        """From which scorers and new layers learn, whatever head they are measured with."""
+        return self.heads(HEADS["linear"].kept, "linear")
+
+    def probabilities(self, maps: Tensor) -> Tensor:
+        """What the linear heads say of maps (B, C, H, W), their mean (B, classes, H, W)."""
+        return sum(head(maps.float()).softmax(1) for head in self.linear_heads) / len(self.linear_heads)
+
     def views(self, split: str) -> list[Views]:
-        """With what the linear heads' probabilities lose by merging, averaged over the heads, at all base sizes."""
+        """With what the linear heads' probabilities lose by merging: whole images at all base sizes; to train on,
+        also parts of them."""
         found = [Views(read_images(self.paths[split], size), {MERGED: self.losses(split, size)}) for size in BASES]
         self.forget()
+        if split == "train":
+            found.append(make_views(self.paths[split], self.outputs, (MERGED,), PARTS, self.work_dir / "parts"))
         return found
+
+    def outputs(self, pixels: Tensor) -> Tensor:
+        """The heads' probabilities of images in 0..255 without merging."""
+        self.vit.thresholds = {}
+        return self.probabilities(self.maps(pixels))
 
     @torch.no_grad()
     def losses(self, split: str, size: tuple[int, int]) -> Tensor:
         """What the linear heads' probabilities lose by merging (N, H // 2, W // 2)."""
         file = self.work_dir / "losses" / f"{split}_{text(size)}.safetensors"
         if not file.is_file():
-            heads, parts = self.heads(size, "linear"), []
-            for maps in self.dense(split, size).split(8):
-                parts.append(sum(merging_losses(head(maps.float()).softmax(1), (2,))[0] for head in heads) / len(heads))
-            save_tensors(file, {"losses": torch.cat(parts)})
+            parts = self.dense(split, size).split(8)
+            found = [merging_losses(self.probabilities(maps), (MERGED // PATCH,))[0] for maps in parts]
+            save_tensors(file, {"losses": torch.cat(found)})
         return load_file(file)["losses"]
 
     def detail_file(self) -> Path:
@@ -231,7 +249,7 @@ class CamVidStudy(Study):
         if not file.is_file():
             from apt_backbones.mm.feature_matching import finetune_features
 
-            heads, chance = self.heads(HEADS["linear"].kept, "linear"), random.Random(0)
+            chance = random.Random(0)
             merging = [Setting("apt", BASES[0], "learned", budget, fill="learned") for budget in OTHERS]
             thresholds = [{MERGED: self.threshold(setting)} for setting in merging]
             thresholds += [{}] if scale > 1 else []
@@ -242,7 +260,7 @@ class CamVidStudy(Study):
                     self.vit.thresholds = chance.choice(thresholds)
                 with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
                     maps = self.vit.feature_maps(self.normalized(pixels), norm=True)
-                return sum(head(torch.cat(maps, 1).float()).softmax(1) for head in heads) / len(heads)
+                return self.probabilities(torch.cat(maps, 1))
 
             def prepare(image: Image.Image) -> Image.Image:
                 return image.resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
