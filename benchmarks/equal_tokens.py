@@ -98,10 +98,11 @@ HEADS = {
         ((210, 280), (238, 322), *BASES),
         (392, 518),
         2,
-        "on the val split: heads of 3 sizes; scorers from the heads: of 2 widths, with a finer stem, with coordinates; "
-        "2 scorers from features, at 1 budget; "
-        "choosing by true losses of 3 kinds (of the head, of the features' variance, of their clusters in 8 variants); "
-        "filling maps in 14 fixed ways, 18 guided by colours or patch embeddings, and by 2 trained layers; finer maps, "
+        "on the val split: heads of 3 sizes; scorers from the heads: of 3 widths, with a finer stem, with coordinates, "
+        "from whole images and from parts, with other photographs, with rare classes weighted; 2 scorers from "
+        "features, at 1 budget; choosing by true losses of 3 kinds (of the head, of the features' variance, of their "
+        "clusters in 8 variants) and by 12 variants of the first; "
+        "filling maps in 22 fixed ways, 18 guided by colours or patch embeddings, and by 2 trained layers; finer maps, "
         "interpolated and by 6 trained layers; "
         "1 fine-tune of the embedding without labels. On the test split nothing was chosen",
     ),

@@ -229,7 +229,7 @@ ROI = dict(
 class BoxStudy(Study):
     """The network on photographs, and detectors that read its maps."""
 
-    distill_epochs = 6  # of three times as many images as CamVid has
+    distill_epochs = 16
 
     def __init__(self, folder: Path, annotations: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
         super().__init__(weights, work_dir, dtype, BLOCKS)

@@ -81,9 +81,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     add_model_arguments(parser, "the scorer goes")
     add = parser.add_argument
-    add("--copies", type=int, default=2, help="random views per image (default: 2)")
+    add("--copies", type=int, default=6, help="random views per image (default: 6)")
     add("--prototypes", type=int, default=64, help="clusters of features (default: 64)")
-    add("--epochs", type=int, default=40, help="passes over the views (default: 40)")
+    add("--epochs", type=int, default=24, help="passes over the views (default: 24)")
     add("--sample", type=int, default=1000, metavar="N", help="use at most so many images (default: 1000)")
     add("--work-dir", type=Path, help="for what is kept of an unfinished run (default: beside --out)")
     args = parser.parse_args()
