@@ -91,7 +91,7 @@ class Layer(NamedTuple):
         if self.table is None:
             return total
         place = total.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0).int()
-        place += torch.arange(LARGEST, self.table.numel(), self.table.shape[1], device=x.device, dtype=torch.int32)
+        place += _middles(len(self.table), x.device)
         return self.table.view(-1).index_select(0, place.view(-1)).view(place.shape)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Layer":
@@ -134,9 +134,9 @@ class LearnedScorer:
         self.check_sizes(sizes)
         layers, (height, width) = self._for(images.device, _type_of_sums()), images.shape[2:]
         with torch.autocast(images.device.type, enabled=False):
-            cells = _cells(images, self.patch_size, self.sizes[-1])
-            logs = _run(cells.to(layers["stem"].weight.dtype), len(sizes), lambda name, x: layers[name](x))
-            varies = _varies(cells, len(sizes))
+            pixels = _pixels_of_cells(images, self.patch_size, self.sizes[-1])
+            logs = _run(pixels.to(layers["stem"].weight.dtype), len(sizes), lambda name, x: layers[name](x))
+            varies = _varies(pixels, len(sizes))
         # A patch of one colour, padding above all, loses nothing.
         scores = [(log.double().exp() * patches).float() for log, patches in zip(logs, varies)]
         return [score[:, : height // size, : width // size] for size, score in zip(sizes, scores)]
@@ -242,7 +242,7 @@ def in_fixed_point(stem: nn.Conv2d, tail: ScorerTail, pixels: Tensor, origin: di
         return layers[name](x)
 
     p, num_sizes = stem.kernel_size[0], len(tail.levels)
-    _run(_cells(pixels.cpu().float(), p, p << num_sizes), num_sizes, convert)
+    _run(_pixels_of_cells(pixels.cpu().float(), p, p << num_sizes), num_sizes, convert)
     return LearnedScorer(layers, p, origin)
 
 
@@ -276,18 +276,19 @@ def fold(
     return folded.float()
 
 
-def _cells(images: Tensor, p: int, largest: int) -> Tensor:
-    """A view (B, 3, H, p, W, p) of images whose edges are repeated to whole patches of the largest size."""
+def _pixels_of_cells(images: Tensor, p: int, largest: int) -> Tensor:
+    """Whole numbers (B, H, W, 3 * p * p) of images whose edges are repeated to whole patches of the largest size."""
     bottom, right = (-side % largest for side in images.shape[2:])
     if bottom or right:
         images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-    return images.unflatten(2, (-1, p)).unflatten(4, (-1, p))
+    cells_B3HpWp = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))
+    cells_BHW3pp = cells_B3HpWp.permute(0, 2, 4, 1, 3, 5).clone(memory_format=torch.contiguous_format)
+    return cells_BHW3pp.clamp_(0, 255).round_().flatten(3)
 
 
-def _run(cells_B3HpWp: Tensor, num_sizes: int, layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+def _run(pixels_BHWK: Tensor, num_sizes: int, layer: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
     """Logarithms of the scores (B, H >> n + 1, W >> n + 1) per size; ``layer`` applies the one of a name."""
-    pixels = cells_B3HpWp.permute(0, 2, 4, 1, 3, 5).clone(memory_format=torch.contiguous_format)
-    x = layer("stem", pixels.clamp_(0, 255).round_().flatten(3))
+    x = layer("stem", pixels_BHWK)
     x, logs = layer("mix", _around(x, 1)), []
     for number in range(num_sizes):
         x = layer(f"{number}.down", _fours(x))
@@ -304,16 +305,17 @@ def _fours(x_BHWC: Tensor) -> Tensor:
 
 def _around(x_BHWC: Tensor, step: int) -> Tensor:
     """Every cell with its eight neighbours at a distance (B, H, W, 9 * C); outside are zeros."""
-    height, width = x_BHWC.shape[1:3]
+    batch, height, width, channels = x_BHWC.shape
     padded = F.pad(x_BHWC, (0, 0, step, step, step, step))
-    starts = (0, step, 2 * step)
-    return torch.cat([padded[:, y : y + height, x : x + width] for y in starts for x in starts], 3)
+    image, row, column, channel = padded.stride()
+    strides = (image, row, column, step * row, step * column, channel)
+    return padded.as_strided((batch, height, width, 3, 3, channels), strides).flatten(3)
 
 
-def _varies(cells_B3HpWp: Tensor, num_sizes: int) -> list[Tensor]:
+def _varies(pixels_BHWK: Tensor, num_sizes: int) -> list[Tensor]:
     """Per size whether each patch has more than one colour (B, H >> n + 1, W >> n + 1)."""
-    # Rows first: these reductions go along memory.
-    low, high, varies = cells_B3HpWp.amin(3).amin(4), cells_B3HpWp.amax(3).amax(4), []
+    colors = pixels_BHWK.unflatten(3, (3, -1))
+    low, high, varies = colors.amin(4).permute(0, 3, 1, 2), colors.amax(4).permute(0, 3, 1, 2), []
     for _ in range(num_sizes):
         low, high = -F.max_pool2d(-low, 2), F.max_pool2d(high, 2)
         varies.append((low != high).any(1))
@@ -356,6 +358,13 @@ def _gelu_of(unit: Tensor) -> tuple[Tensor, Tensor]:
     values = F.gelu(torch.arange(-LARGEST, LARGEST + 1, device=unit.device) * unit[:, None])
     unit_of_output = values.abs().amax(1) / LARGEST
     return (values / unit_of_output[:, None]).round().float(), unit_of_output
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _middles(rows: int, device: torch.device) -> Tensor:
+    """Where a flattened table of so many rows holds the GELU of 0 (rows,)."""
+    return torch.arange(rows, dtype=torch.int32, device=device) * (2 * LARGEST + 1) + LARGEST
 
 
 def _is_inexact(name: str, weight: Tensor, bias: Tensor) -> Tensor:
