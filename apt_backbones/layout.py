@@ -216,8 +216,8 @@ class PatchLayout:
             map_BDHW: on the base cells.
             scale: the result is on cells so many times finer. With 1 only merged patches have several cells.
         """
-        means = max(1, max(self._factors, default=1) // 2)
-        rows, columns = (_near(cells, scale, means, map_BDHW.device, map_BDHW.dtype) for cells in self.grid)
+        times = max(1, max(self._factors, default=1) // 2)
+        rows, columns = (_near(cells, scale, times, map_BDHW.device, map_BDHW.dtype) for cells in self.grid)
         near_BDHW = _along_axes(map_BDHW, rows, columns)
         if self.num_empty:
             share_B1HW = _along_axes((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), rows, columns)

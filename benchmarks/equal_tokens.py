@@ -232,7 +232,6 @@ class CamVidStudy(Study):
         self.vit.thresholds = {}
         return self.probabilities(self.maps(pixels))
 
-    @torch.no_grad()
     def losses(self, split: str, size: tuple[int, int]) -> Tensor:
         """What the linear heads' probabilities lose by merging (N, H // 2, W // 2)."""
         file = self.work_dir / "losses" / f"{split}_{text(size)}.safetensors"

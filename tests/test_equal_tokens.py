@@ -20,6 +20,7 @@ from apt_backbones.new_layers import save_new_layers
 from benchmarks import equal_tokens, study, tome
 from benchmarks.camvid import (
     NUM_CLASSES,
+    SPLITS,
     VOID,
     UperNet,
     confusion,
@@ -156,6 +157,29 @@ def test_maps_are_filled_as_a_setting_says(tmp_path, monkeypatch, scale):
         finer = maps[plainer].shape == maps[fill].shape
         assert finer == (scale == 1 or plainer == "interpolate")
         assert not finer or not torch.equal(maps[fill], maps[plainer])
+
+
+def test_scorers_learn_from_linear_heads_whatever_head_is_measured(tmp_path, monkeypatch):
+    """Which are trained first, if there are none yet."""
+    for split in SPLITS:
+        names = [f"{number}.png" for number in range(8)]
+        for folder, mode, most in ((split, "RGB", 255), (f"{split}annot", "L", NUM_CLASSES)):
+            (tmp_path / folder).mkdir()
+            for name in names:
+                pixels = np.random.default_rng(0).integers(0, most, (56, 84, 3)[: 2 + (mode == "RGB")], np.uint8)
+                Image.fromarray(pixels, mode).save(tmp_path / folder / name)
+        (tmp_path / f"{split}.txt").write_text("\n".join(f"/SegNet/{split}/{name}" for name in names))
+    small = dict(embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
+    network = timm.create_model("vit_small_patch14_dinov2", **small).eval()
+    monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
+    monkeypatch.setattr(equal_tokens, "BASES", ((56, 84),))
+    monkeypatch.setattr(equal_tokens, "PARTS", equal_tokens.PARTS._replace(size=(28, 56), copies=1))
+    monkeypatch.setitem(equal_tokens.HEADS, "linear", equal_tokens.HEADS["linear"]._replace(kept=(56, 84), epochs=1))
+    of_upernet = equal_tokens.CamVidStudy(tmp_path, "upernet", None, tmp_path / "steps", torch.float32)
+    whole, parts = of_upernet.views("train")
+    assert (whole.pixels.shape, whole.losses[28].shape) == ((8, 3, 56, 84), (8, 2, 3)) and whole.losses[28].all()
+    assert (parts.pixels.shape, parts.losses[28].shape) == ((8, 3, 28, 56), (8, 1, 2)) and parts.losses[28].all()
+    assert len(of_upernet.views("val")) == 1, "parts are for training"
 
 
 def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
