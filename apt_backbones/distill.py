@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checkpoint import read_file
 from .files import write_atomically
 from .images import read_rgb
-from .learned import LearnedScorer, ScorerTail, fold, in_fixed_point
+from .learned import LearnedScorer, ScorerTail, fold, folded_tensors, in_fixed_point
 
 OUTPUTS = ("probabilities", "features")
 FLOOR = 0.01  # of the mean loss: below it differences are noise
@@ -286,15 +286,10 @@ class _Student(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         return [*self.first.parameters(), *self.tail.parameters()]
 
-    @torch.no_grad()
-    def embed(self, pixels: Tensor) -> Tensor:
-        return F.conv2d(pixels.float(), self.weight, self.bias, stride=self.weight.shape[2])
-
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        # E and the first layer as one convolution, as they are used: it has a tenth of the arithmetic.
-        first_CD = self.first.weight[:, :, 0, 0] / self.spread
-        weight = torch.einsum("cd,dxyz->cxyz", first_CD, self.weight)
-        bias = first_CD @ (self.bias - self.center) + self.first.bias
+        # As one convolution, as it is used: this has a tenth of the arithmetic.
+        first = (self.first.weight, self.first.bias)
+        weight, bias = folded_tensors(self.weight, self.bias, self.center, self.spread, *first)
         return self.tail(F.conv2d(pixels.float(), weight, bias, stride=weight.shape[2]))
 
     @torch.no_grad()
@@ -303,7 +298,9 @@ class _Student(nn.Module):
         parts = []
         for group in views:
             for part in _some(group, 128 // len(views)).split(16):
-                parts.append(self.embed(part.to(self.weight.device)).transpose(0, 1).flatten(1))
+                pixels = part.to(self.weight.device).float()
+                embedded = F.conv2d(pixels, self.weight, self.bias, stride=self.weight.shape[2])
+                parts.append(embedded.transpose(0, 1).flatten(1))
         cells = torch.cat(parts, 1)
         self.center.copy_(cells.mean(1))
         self.spread.copy_(cells.std(1).clamp(min=1e-6))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .resample import along_axes
 from .scores import DROPPED
 
 
@@ -218,11 +219,11 @@ class PatchLayout:
         """
         times = max(1, max(self._factors, default=1) // 2)
         rows, columns = (_near(cells, scale, times, map_BDHW.device, map_BDHW.dtype) for cells in self.grid)
-        near_BDHW = _along_axes(map_BDHW, rows, columns)
+        near_BHWD = along_axes(map_BDHW.permute(0, 2, 3, 1), rows, columns)
         if self.num_empty:
-            share_B1HW = _along_axes((self.token_BHW >= 0)[:, None].to(map_BDHW.dtype), rows, columns)
-            near_BDHW = near_BDHW / share_B1HW.clamp(min=1e-3)
-        return self.add_detail(map_BDHW, near_BDHW, scale)
+            has_token_BHW1 = (self.token_BHW >= 0)[..., None].to(map_BDHW.dtype)
+            near_BHWD = near_BHWD / along_axes(has_token_BHW1, rows, columns).clamp(min=1e-3)
+        return self.add_detail(map_BDHW, near_BHWD.permute(0, 3, 1, 2), scale)
 
     def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor, scale: int = 1) -> Tensor:
         """Add to the cells of every patch what a second map holds there, less its mean over the patch.
@@ -401,10 +402,3 @@ def _near(cells: int, scale: int, times: int, device: torch.device, dtype: torch
     for _ in range(times):
         repeated = mean / mean.sum(1, keepdim=True) @ repeated
     return repeated.to(device, dtype)
-
-
-def _along_axes(map_BDHW: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply a map with a matrix along its height and another along its width. Channels-last in memory, as ``to_map``
-    has it."""
-    across_BHWD = columns @ map_BDHW.permute(0, 2, 3, 1)
-    return (rows @ across_BHWD.flatten(2)).unflatten(2, across_BHWD.shape[2:]).permute(0, 3, 1, 2)

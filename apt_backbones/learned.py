@@ -267,13 +267,22 @@ def fold(
     bias_D = -(weight_DCpp * mean).sum((1, 2, 3))
     if projection.bias is not None:
         bias_D = bias_D + projection.bias.detach().cpu().double()
-    center, spread = center.cpu().double(), spread.cpu().double()
-    mix_cD = first.weight.detach().cpu().double()[:, :, 0, 0] / spread
-    folded = nn.Conv2d(3, len(mix_cD), projection.kernel_size, projection.stride).double()
+    parts = (center, spread, first.weight.detach(), first.bias.detach())
+    weight, bias = folded_tensors(weight_DCpp, bias_D, *(part.cpu().double() for part in parts))
+    folded = nn.Conv2d(3, len(bias), projection.kernel_size, projection.stride).double()
     with torch.no_grad():
-        folded.weight.copy_(torch.einsum("cd,dxyz->cxyz", mix_cD, weight_DCpp))
-        folded.bias.copy_(mix_cD @ (bias_D - center) + first.bias.detach().cpu().double())
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
     return folded.float()
+
+
+def folded_tensors(
+    weight_DCpp: Tensor, bias_D: Tensor, center: Tensor, spread: Tensor, first_cD11: Tensor, first_c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weight (c, C, p, p) and bias (c,) of a convolution, the standardization of its channels, and a 1 x 1 convolution
+    in one. Differentiable."""
+    mix_cD = first_cD11[:, :, 0, 0] / spread
+    return torch.einsum("cd,dxyz->cxyz", mix_cD, weight_DCpp), mix_cD @ (bias_D - center) + first_c
 
 
 def _pixels_of_cells(images: Tensor, p: int, largest: int) -> Tensor:

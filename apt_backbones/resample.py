@@ -1,4 +1,4 @@
-"""Resampling of absolute positions to another grid."""
+"""Resampling of maps to another grid, by a matrix along each axis."""
 
 from functools import lru_cache
 
@@ -8,17 +8,23 @@ from torch import Tensor
 
 
 def resample_positions(positions_HWD: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """Bicubic resampling of (H, W, D) to (*size, D), as ``F.interpolate`` does it.
+    """Bicubic resampling of absolute positions (H, W, D) to (*size, D), as ``F.interpolate`` does it."""
+    height, width, _ = positions_HWD.shape
+    rows = _matrix(height, size[0], antialias, positions_HWD.device)
+    columns = _matrix(width, size[1], antialias, positions_HWD.device)
+    return along_axes(positions_HWD.float()[None], rows, columns)[0]
 
-    Written as two matrix products, one per axis: on a CPU they take a fraction of its time, and they leave the
-    channels of a cell together, where tokens read them.
+
+def along_axes(cells_BHWD: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply with ``rows`` (H', H) along the height and ``columns`` (W', W) along the width: (B, H', W', D).
+
+    On a CPU these products take a fraction of the time of ``F.interpolate`` or pooling, and they leave the channels
+    of a cell together, where tokens read them. All are of one dtype, which autocast does not change.
     """
-    height, width, dim = positions_HWD.shape
-    device = positions_HWD.device
-    with torch.autocast(device.type, enabled=False):
-        rows = _matrix(height, size[0], antialias, device) @ positions_HWD.float().flatten(1)
-        columns = _matrix(width, size[1], antialias, device)
-        return torch.bmm(columns.expand(size[0], -1, -1), rows.view(size[0], width, dim))
+    batch, _, width, dim = cells_BHWD.shape
+    with torch.autocast(cells_BHWD.device.type, enabled=False):
+        across_BHWD = (rows @ cells_BHWD.flatten(2)).view(batch, len(rows), width, dim)
+        return columns @ across_BHWD
 
 
 # What is kept must be usable in training, even if the first to ask for it was in inference mode.

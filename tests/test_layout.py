@@ -131,6 +131,18 @@ def test_interpolation_takes_means_of_neighbours_and_moves_them_to_the_tokens(si
     torch.testing.assert_close(layout.interpolate(repeated, scale), expected)
 
 
+def test_autocast_does_not_change_interpolated_maps():
+    """Nor did it when they were pooled: products are what it rounds."""
+    sides = torch.full((1, 6, 8), 4)
+    sides[0, :2, 2:4] = 8
+    sides[0, :, 6:] = 0
+    layout = PatchLayout.build(sides, 4, (8,))
+    repeated = layout.to_map(torch.randn(layout.num_tokens, 3))
+    expected = layout.interpolate(repeated, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layout.interpolate(repeated, 2), expected)
+
+
 @given(layouts(most_prefix=2))
 def test_a_batch_is_its_images_one_after_the_other(case):
     layout, sides = case
