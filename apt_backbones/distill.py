@@ -336,7 +336,9 @@ def _schedule(progress: float) -> float:
 def _mean_loss(views: Sequence[Views], size: int) -> float:
     mean = torch.cat([group.losses[size].flatten() for group in views]).double().mean()
     if not mean > 0:
-        raise ValueError("the outputs are the same within every patch (or not finite): there is nothing to learn")
+        raise ValueError(
+            "the outputs are the same within every patch (or not finite): there is nothing to learn; use other images"
+        )
     return float(mean)
 
 

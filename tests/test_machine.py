@@ -1,4 +1,4 @@
-"""The tools' --device."""
+"""What the tools refuse before they start: devices that are not there, and counts of nothing."""
 
 import pytest
 import torch
@@ -22,3 +22,14 @@ def test_devices_that_are_not_there_are_refused(tool, device, message, monkeypat
     with pytest.raises(SystemExit):
         run_script(monkeypatch, f"tools/{tool}.py", *ARGUMENTS[tool], "--device", device)
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"argument --device: {message}")
+
+
+@pytest.mark.parametrize(
+    "tool, flag",
+    [("distill_scorer", flag) for flag in ("--copies", "--epochs", "--prototypes", "--sample", "--resize")]
+    + [("finetune_features", flag) for flag in ("--iterations", "--batch", "--resize")],
+)
+def test_counts_of_nothing_are_refused(tool, flag, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, f"tools/{tool}.py", *ARGUMENTS[tool], flag, "0")
+    assert stop.value.code == f"error: {flag} must be at least 1"

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tools.cli import parser_of, run
+from tools.cli import check_at_least, parser_of, run
 from apt_backbones.calibrate import ScoreMaps, calibrate_thresholds, kept_shares, score_maps_of, share_curves
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_sizes
@@ -175,9 +175,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="which images are sampled (default: 0)")
     add("--plot", type=Path, metavar="PNG", help="also plot tokens kept against the threshold, and per image")
     args = parser.parse_args()
-    for name in ("resize", "sample", "error_sample"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_at_least(args, resize=1, sample=1, error_sample=1)
     if args.checkpoint and (not args.config or Path(args.config).is_dir()):
         raise ValueError("--checkpoint needs the --config of a detector or segmenter")
     if args.checkpoint and (args.sizes or args.resize):

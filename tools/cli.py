@@ -17,6 +17,13 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     )
 
 
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError if a flag that is given is below its least value."""
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {value}")
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a tool; what the user can correct is reported in one line. ``python -X dev`` shows where it was raised."""
     try:

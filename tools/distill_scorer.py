@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.cli import parser_of
+from tools.cli import check_at_least, parser_of
 from apt_backbones.distance import merging_off
 from apt_backbones.distill import WIDTH, Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import find_images, read_rgb
@@ -87,6 +87,7 @@ def main() -> None:
     add("--sample", type=int, default=1000, metavar="N", help="use at most so many images (default: 1000)")
     add("--work-dir", type=Path, help="for what is kept of an unfinished run (default: beside --out)")
     args = parser.parse_args()
+    check_at_least(args, copies=1, prototypes=1, epochs=1, sample=1, resize=1)
     frozen = frozen_model(args.model, args.weights, args.sizes, args.resize)
     target = frozen.target(args.target)
     paths, chance = find_images(args.images), random.Random(args.seed)

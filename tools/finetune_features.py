@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.cli import parser_of
+from tools.cli import check_at_least, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
@@ -63,6 +63,7 @@ def main() -> None:
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
     args = parser.parse_args()
+    check_at_least(args, iterations=1, batch=1, resize=1)
     from apt_backbones.mm.feature_matching import finetune_features
 
     torch.manual_seed(args.seed)

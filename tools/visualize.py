@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from tools.cli import parser_of, run
+from tools.cli import check_at_least, parser_of, run
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.images import IMAGE_SUFFIXES, find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_thresholds
@@ -156,9 +156,7 @@ def main() -> None:
     add("--format", choices=("mp4", "gif"), default="mp4", help="of videos (default: mp4)")
     add("--out-dir", type=Path, default=Path("."), help="folder for NAME_patches.png or .mp4 (default: here)")
     args = parser.parse_args()
-    for name, least in (("resize", 1), ("patch_size", 2)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    check_at_least(args, resize=1, patch_size=2)
     if args.resize and args.resize > MAX_SIDE:
         raise ValueError(f"--resize {args.resize} would take gigabytes; use at most {MAX_SIDE}")
     paths = find_images(args.paths, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
