@@ -68,6 +68,16 @@ class ScorerTail(nn.Module):
         return logs
 
 
+class Range(NamedTuple):
+    """Least and greatest input per channel (C,), whole numbers, of which neither is on the wrong side of 0."""
+
+    low: Tensor
+    high: Tensor
+
+
+PIXELS = Range(torch.tensor([0.0]), torch.tensor([255.0]))
+
+
 class Layer(NamedTuple):
     """A convolution and its activation function in fixed point, whose inputs are gathered beforehand.
 
@@ -76,7 +86,8 @@ class Layer(NamedTuple):
         bias: (O,), whole numbers.
         step: (O,), powers of two: 1 of the sum in units of the table's places, or of the last layer's output.
         unit: float64 (O,), what a place is in the units of the convolution; None for a last layer.
-        table: (O, 2 * LARGEST + 1), whole numbers up to ``LARGEST``: GELU of every place, see ``_gelu_of``.
+        table: whole numbers up to ``LARGEST``: for every different unit, GELU of -LARGEST..LARGEST places.
+        zero: int32 (O,), where in the table a channel's GELU of 0 is.
     """
 
     weight: Tensor
@@ -84,18 +95,33 @@ class Layer(NamedTuple):
     step: Tensor
     unit: Tensor | None = None
     table: Tensor | None = None
+    zero: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., O) of (..., K)."""
-        total = (x @ self.weight + self.bias) * self.step
-        if self.table is None:
-            return total
-        place = total.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0).int()
-        place += _middles(len(self.table), x.device)
-        return self.table.view(-1).index_select(0, place.view(-1)).view(place.shape)
+        total = torch.addmm(self.bias, x.flatten(0, -2), self.weight).mul_(self.step)
+        if self.table is not None:
+            place = total.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0).int().add_(self.zero)
+            total = self.table.index_select(0, place.view(-1))
+        return total.view(*x.shape[:-1], -1)
+
+    def activated(self, unit: Tensor) -> tuple["Layer", Tensor]:
+        """The layer with GELU's table for units (O,), and the units of what it then gives (O,)."""
+        units, row = unit.unique(return_inverse=True)
+        values = F.gelu(torch.arange(-LARGEST, LARGEST + 1, device=unit.device) * units[:, None])
+        unit_of_output = values.amax(1) / LARGEST
+        table = (values / unit_of_output[:, None]).round().float().flatten()
+        zero = (row * (2 * LARGEST + 1) + LARGEST).int()
+        return self._replace(unit=unit, table=table, zero=zero), unit_of_output[row]
+
+    def range(self) -> Range:
+        """Of what it gives: GELU goes far up, but only a little below 0."""
+        rows = self.table.unflatten(0, (-1, 2 * LARGEST + 1))[(self.zero // (2 * LARGEST + 1)).long()]
+        return Range(rows.amin(1), rows.amax(1))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Layer":
-        return Layer(*(None if part is None else part.to(device, dtype) for part in self))
+        moved = (None if part is None else part.to(device, dtype) for part in self[:-1])
+        return Layer(*moved, None if self.zero is None else self.zero.to(device))
 
 
 class LearnedScorer:
@@ -191,18 +217,20 @@ def _load(path: Path, changed: int) -> LearnedScorer:
         )
     try:
         patch_size, num_sizes = int(about["patch_size"]), len(json.loads(about["sizes"]))
-        width, layers = tensors["stem.weight"].shape[1], {}
+        width, layers, inputs_of = tensors["stem.weight"].shape[1], {}, PIXELS
         for name, (inputs, outputs) in _shapes(patch_size, width, num_sizes).items():
             layer = Layer(*(tensors[f"{name}.{part}"].float() for part in ("weight", "bias", "step")))
             if not name.endswith(".out"):
-                unit = tensors[f"{name}.unit"]
-                layer = layer._replace(unit=unit, table=_gelu_of(unit)[0])
+                layer = layer._replace(unit=tensors[f"{name}.unit"])
             for found, shape in zip(layer, ((inputs, outputs), (outputs,), (outputs,), (outputs,))):
                 if found is not None and found.shape != shape:
                     raise ValueError(f"{name} has shape {tuple(found.shape)} where {shape} is due")
-            if not all(part is None or part.isfinite().all() for part in layer) or _is_inexact(name, *layer[:2]).any():
+            if layer.unit is not None:
+                layer, _ = layer.activated(layer.unit)
+            finite = all(part is None or part.isfinite().all() for part in layer)
+            if not finite or _is_inexact(layer.weight, layer.bias, inputs_of).any():
                 raise ValueError(f"{name} has values out of range")
-            layers[name] = layer
+            layers[name], inputs_of = layer, inputs_of if layer.unit is None else layer.range()
         origin = json.loads(about["origin"])
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
@@ -226,19 +254,20 @@ def in_fixed_point(stem: nn.Conv2d, tail: ScorerTail, pixels: Tensor, origin: di
     convolutions = {"stem": stem, "mix": tail.mix}
     for number, level in enumerate(tail.levels):
         convolutions |= {f"{number}.{name}": convolution for name, convolution in level.items()}
-    layers, unit_of_input = {}, torch.ones(1, dtype=torch.float64)
+    layers, inputs_of, unit_of_input = {}, PIXELS, torch.ones(1, dtype=torch.float64)
 
     def convert(name: str, x: Tensor) -> Tensor:
-        nonlocal unit_of_input
+        nonlocal inputs_of, unit_of_input
         weight, bias = _matrix(convolutions[name])
         weight = weight * unit_of_input.repeat(len(weight) // len(unit_of_input))[:, None]
         if name.endswith(".out"):
-            layers[name] = _rounded(name, weight, bias, torch.ones_like(bias))
+            layers[name] = _rounded(weight, bias, torch.ones_like(bias), inputs_of)
         else:
             sums = x.flatten(0, -2).double() @ weight + bias
-            unit = torch.maximum(sums.amax(0), (-sums.amin(0)).clamp(1e-3, LEAST_RANGE)) / LARGEST
-            table, unit_of_input = _gelu_of(unit)
-            layers[name] = _rounded(name, weight, bias, unit)._replace(unit=unit, table=table)
+            reach = torch.maximum(sums.amax(0), (-sums.amin(0)).clamp(1 / 16, LEAST_RANGE))
+            unit = (2 * reach.log2()).ceil().div(2).exp2() / LARGEST  # few different ones: small tables
+            layers[name], unit_of_input = _rounded(weight, bias, unit, inputs_of).activated(unit)
+            inputs_of = layers[name].range()
         return layers[name](x)
 
     p, num_sizes = stem.kernel_size[0], len(tail.levels)
@@ -350,36 +379,24 @@ def _matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return weight.permute(2, 3, 1, 0).flatten(0, 2), bias
 
 
-def _rounded(name: str, weight: Tensor, bias: Tensor, unit: Tensor) -> Layer:
+def _rounded(weight: Tensor, bias: Tensor, unit: Tensor, inputs_of: Range) -> Layer:
     """In fixed point: as fine as ``LARGEST`` and ``EXACT`` allow, with steps that are powers of two in ``unit``s."""
     exponent = (LARGEST * unit / weight.abs().amax(0).clamp(min=1e-9)).log2().floor().clamp(max=24)
     while True:
         step = torch.exp2(-exponent)
         whole, offset = (weight / (unit * step)).round(), (bias / (unit * step)).round()
-        inexact = _is_inexact(name, whole, offset)
+        inexact = _is_inexact(whole, offset, inputs_of)
         if not inexact.any():
             return Layer(whole.float().contiguous(), offset.float(), step.float())
         exponent = exponent - inexact.double()
 
 
-def _gelu_of(unit: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU of -LARGEST..LARGEST units (O,), whole numbers in float32 (O, 2 * LARGEST + 1), and their units (O,)."""
-    values = F.gelu(torch.arange(-LARGEST, LARGEST + 1, device=unit.device) * unit[:, None])
-    unit_of_output = values.abs().amax(1) / LARGEST
-    return (values / unit_of_output[:, None]).round().float(), unit_of_output
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _middles(rows: int, device: torch.device) -> Tensor:
-    """Where a flattened table of so many rows holds the GELU of 0 (rows,)."""
-    return torch.arange(rows, dtype=torch.int32, device=device) * (2 * LARGEST + 1) + LARGEST
-
-
-def _is_inexact(name: str, weight: Tensor, bias: Tensor) -> Tensor:
-    """Whether float32 may round a product or a sum of a layer's whole numbers (O,)."""
-    weight, largest_input = weight.abs(), 255 if name == "stem" else LARGEST
-    return (weight.amax(0) > LARGEST) | (largest_input * weight.sum(0) + bias.abs() >= EXACT)
+def _is_inexact(weight: Tensor, bias: Tensor, inputs_of: Range) -> Tensor:
+    """Whether float32 may round a product, or a sum of some of the products, of a layer's whole numbers (O,)."""
+    ends = [weight * end.to(weight).repeat(len(weight) // len(end))[:, None] for end in inputs_of]
+    highest = torch.maximum(*ends).sum(0) + bias.clamp(min=0)
+    lowest = torch.minimum(*ends).sum(0) + bias.clamp(max=0)
+    return (weight.abs().amax(0) > LARGEST) | (torch.maximum(highest, -lowest) >= EXACT)
 
 
 def _type_of_sums() -> torch.dtype:
