@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tools.cli import parser_of, run
 from benchmarks.study import point_of
-from examples.report import AFTER, DENSE, LEARNED, SMALLER_DENSE, markdown_of
+from examples.report import AFTER, DENSE, SMALLER_DENSE, markdown_of
 from tools.results import markdown, read_table
 
 ROOT = Path(__file__).parents[1]
@@ -75,15 +75,19 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def summary() -> str:
-    """One row per task: accuracy of every method, and what APT keeps and gains."""
-    rows, methods = [], (DENSE, SMALLER_DENSE, "random", "resizing", AFTER, LEARNED)
+    """One row per task: accuracy of every method, and what APT keeps and gains. Of several smaller images the largest,
+    of several rows with a learned scorer the one with trained layers."""
+    rows = []
     for title, task, metric in (
         ("detection, Cascade Mask R-CNN", "det", "box mAP"),
         ("segmentation, UperNet", "seg", "mIoU"),
         ("LLaVA, questions", "vqa", "accuracy"),
     ):
         of = {result.method: result for result in read_table(report(task))}
-        numbers = [f"{of[name].metrics[metric]:.1f}" if name in of else "" for name in methods]
+        smaller = next(name for name in of if name.startswith(SMALLER_DENSE))
+        *_, learned = (name for name in of if "learned scorer" in name)
+        methods = (DENSE, smaller, "random", "resizing", AFTER, learned)
+        numbers = [f"{of[name].metrics[metric]:.1f}" for name in methods]
         rows.append([title, metric, *numbers, f"{of[AFTER].content_kept:.1%}", f"{of[AFTER].relative_speed:.2f}x"])
     names = ["dense", "smaller image", "random", "resizing", "APT", "learned scorer"]
     return table(["task", "metric", *names, "content tokens kept", "speed of the whole model"], rows)

@@ -36,7 +36,7 @@ import llava_apt
 from tools.cli import parser_of
 from apt_backbones.distill import save_tensors
 from apt_backbones.resample import resample_positions
-from examples.report import AFTER, BEFORE, DENSE, write_report
+from examples.report import AFTER, BEFORE, DENSE, SMALLER_DENSE, write_report
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import read_records
 from llava_apt.lmms_eval_plugin import LlavaAptSimple, parse_thresholds
@@ -162,7 +162,7 @@ def variants_of(args: argparse.Namespace) -> dict[str, dict]:
     variants = {DENSE: dict(pretrained=str(args.dense), thresholds="off")}
     for side in args.smaller:
         folder = smaller(args.dense, side, args.work_dir / f"dense_{side}")
-        variants[f"{DENSE}, {side} px"] = dict(pretrained=str(folder), thresholds="off")
+        variants[f"{SMALLER_DENSE}, {side} px"] = dict(pretrained=str(folder), thresholds="off")
     variants |= {
         "random": dict(merge="random", **merged),
         "resizing": dict(merge="resizing", **merged),

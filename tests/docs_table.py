@@ -74,7 +74,7 @@ SUBSTITUTIONS = (
         "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense",
         "train_photoshapes_vqa.py data/photoshapes_big work_dirs/llava_dense --alignment-steps 1 --steps 1",
     ),
-    ("--limit 2000 --batch-size 32 --rounds 3", "--limit 60 --batch-size 10 --rounds 1 --speed-samples 2"),
+    ("--limit 2000 --batch-size 32 --rounds 5", "--limit 60 --batch-size 10 --rounds 1 --speed-samples 2"),
 )
 
 # Lines at the end of a configuration, in the copy that runs.

@@ -173,7 +173,8 @@ def test_table_has_every_variant_type_and_figure(checkpoint, data, tmp_path, mon
     photoshapes_vqa_results.main()
     report = json.loads((tmp_path / "results.json").read_text())
     rows = {row["title"]: row for row in report["rows"]}
-    learned, unlabelled, small = "resizing, learned scorer", "APT, learned scorer, tuned without labels", "dense, 84 px"
+    learned, unlabelled = "resizing, learned scorer", "APT, learned scorer, tuned without labels"
+    small = "dense, smaller images, 84 px"
     of_paper = [DENSE, small, "random", "resizing", BEFORE, AFTER]
     assert list(rows) == [*of_paper, learned, unlabelled, "most frequent answer"]
     assert rows[small]["tokens"] == 36 and rows[learned]["tokens"] == rows[unlabelled]["tokens"] < CELLS
