@@ -8,8 +8,9 @@ examples:
       --config det_configs/eva02_tiny_apt_photoshapes.py --keep 0.73 \\
       --checkpoint det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
 
-Padding is left out. With a --checkpoint and several sizes, ratios between the sizes' thresholds are tried at the same
-budget, and the one whose features differ least from the dense model's is taken. Runs without a GPU, on all cores.
+Padding of batches is left out; that of LLaVA's squares counts. With a --checkpoint and several sizes, ratios between
+the sizes' thresholds are tried at the same budget; the one whose features differ least from the dense model's is taken.
+Runs without a GPU, on all cores.
 """
 
 import argparse
@@ -159,7 +160,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours")
-    add("--keep", type=float, required=True, help="share of tokens to keep, e.g. 0.7, padding excluded")
+    add("--keep", type=float, required=True, help="share of tokens to keep, e.g. 0.7, without the padding of batches")
     add("--config", help="take sizes, scorer and image size from this config, or from the folder of a LLaVA model")
     add("--sizes", type=int, nargs="+", help="merged patch sizes, e.g. 32 64 (base: 16)")
     add(

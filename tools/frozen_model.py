@@ -173,18 +173,10 @@ def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, option
 
 
 def _of_llava(folder: str, sizes: Sequence[int] | None, options: dict) -> Frozen:
-    """Its vision tower; the features are those that the language model gets, before they are projected. It sees images
-    cropped or padded, as the processor does that: scores of padding's borders have to be learned, too."""
-    from llava_apt.image_processing import LlavaAptImageProcessor
+    """Its vision tower; the features are those that the language model gets, before they are projected."""
     from llava_apt.timm_tower import timm_tower
 
-    processor = LlavaAptImageProcessor.from_pretrained(folder)
-
-    def prepare(image: Image.Image) -> Image.Image:
-        pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-        return Image.fromarray(pixels.round().clip(0, 255).astype("uint8").transpose(1, 2, 0))
-
-    return _of_vit(timm_tower(Path(folder)), sizes, prepare, options)
+    return _of_vit(timm_tower(Path(folder)), sizes, settings_of(folder).prepare, options)
 
 
 def _of_vit(vit: nn.Module, sizes: Sequence[int] | None, prepare: Callable, options: dict) -> Frozen:

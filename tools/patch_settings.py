@@ -18,7 +18,8 @@ class PatchSettings:
         patch_size: side of the base patch in pixels.
         thresholds: merged size -> threshold.
         scorer: whose unit the thresholds have.
-        prepare: an image as its file has it -> as large as the model sees it, without padding.
+        prepare: an image as its file has it -> as the model sees it, without the padding of a detector's or segmenter's
+            batch; LLaVA's squares, whose padding the language model gets, too, are with it.
     """
 
     patch_size: int
@@ -87,15 +88,9 @@ def _llava_settings(path: Path) -> PatchSettings:
         )
     vision = LlavaAptConfig.from_pretrained(folder).vision_config
     processor = LlavaAptImageProcessor.from_pretrained(folder)
-    side = processor.crop_size["height"]
 
     def prepare(image: Image.Image) -> Image.Image:
-        if processor.do_pad:  # to a square before resizing; the image itself fills it in one direction
-            return with_longest_side(side)(image)
-        scale = processor.size["shortest_edge"] / min(image.size)
-        width, height = (max(side, int(length * scale)) for length in image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return resized.crop((left, top, left + side, top + side))
+        seen = processor(image, thresholds={}, do_rescale=False, do_normalize=False, return_tensors="np")
+        return Image.fromarray(seen["pixel_values"][0].round().clip(0, 255).astype("uint8").transpose(1, 2, 0))
 
     return PatchSettings(vision.patch_size, dict(vision.thresholds), vision.scorer, prepare)

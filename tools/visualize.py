@@ -11,7 +11,7 @@ examples:
       --config det_configs/eva02_tiny_apt_photoshapes.py \\
       --checkpoint det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
 
-The standard grid is drawn beside the chosen patches; captions hold the tokens and the saving. Padding that a model adds
+The standard grid is drawn beside the chosen patches; captions hold the tokens and the saving. Padding of batches
 is left out, and where a segmenter cuts crops, its patches follow the crops' corners instead of the image's. Runs
 without a GPU.
 """
