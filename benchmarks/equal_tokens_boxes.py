@@ -18,6 +18,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 
 from tools.cli import run
 from apt_backbones.checkpoint import read_file
-from apt_backbones.distill import Views, merging_losses, save_tensors
+from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.mm.det import SimpleFeaturePyramid
@@ -47,11 +48,13 @@ from apt_backbones.mm.det import SimpleFeaturePyramid
 from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text, train_head
 
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
-SMALLER = ((196, 266), (224, 294), (252, 336), (280, 378), (308, 406))
+OTHERS = ((280, 378), (392, 518))  # base sizes, too
+SMALLER = ((196, 266), (224, 294), (252, 336), (308, 406))
 BLOCKS = (5, 8, 11)
 TRAINED_AT = ((252, 336), (336, 252), (294, 294))  # of views of the photographs at many scales
 ZOOMS = (0.5, 1.8)  # of a view, whose sides hold the whole photograph at 1
-SCORED_AT = ((252, 336), BASE)  # what the scorer learns from
+SCORED_AT = ((252, 336), BASE)  # what the scorer learns from, and random parts of the training photographs
+PARTS = ViewSettings((252, 252), scales=(0.5, 0.95), copies=3)
 LEVELS = (7, 14, 28, 56, 112)  # strides; the coarsest is for objects that fill the image
 CHANNELS, EPOCHS, BATCH, RATE = 128, 10, 8, 1e-3
 CLASS_VIEWS = 2  # of every photograph, for the classes
@@ -256,15 +259,23 @@ class BoxStudy(Study):
         return detector.eval().requires_grad_(False)
 
     def views(self, split: str) -> list[Views]:
-        """With what the first detector's probabilities lose by merging, at two sizes."""
+        """With what the first detector's probabilities lose by merging: whole photographs at two sizes; to train on,
+        also parts of them."""
         groups = {}
         for size in SCORED_AT:
             for pixels, losses in zip(self.images(split, size), self.losses(split, size)):
                 groups.setdefault(pixels.shape, []).append((pixels, losses))
-        return [
+        found = [
             Views(torch.cat([pixels for pixels, _ in group]), {MERGED: torch.stack([losses for _, losses in group])})
             for group in groups.values()
         ]
+        if split == "train":
+            self.vit.thresholds, detector = {}, self.detector(SEEDS[0])
+            paths = [photo.path for photo in self.photos[split]]
+            outputs = lambda pixels: detector.probabilities(self.maps(pixels))  # noqa: E731
+            report = partial(track, description="parts of photographs", console=console)
+            found.append(make_views(paths, outputs, (MERGED,), PARTS, self.work_dir / "parts", report=report))
+        return found
 
     def losses(self, split: str, size: tuple[int, int]) -> list[Tensor]:
         """What the first detector's probabilities lose by merging in every photograph (H // 2, W // 2)."""
@@ -480,11 +491,15 @@ def _mean(precision: np.ndarray) -> float:
 def all_settings(also: Sequence[str] = ()) -> list[Setting]:
     """Of everything; ``also`` are files of other learned scorers."""
 
-    def tokens(share: float) -> int:
-        return round(share * Setting("dense", BASE).cells)
+    def tokens(share: float, size: tuple[int, int] = BASE) -> int:
+        return round(share * Setting("dense", size).cells)
 
-    dense = [Setting("dense", size) for size in (*SMALLER, BASE)]
-    learned = [Setting("apt", BASE, "learned", tokens(share), fill="interpolate") for share in BUDGETS]
+    dense = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
+    learned = [
+        Setting("apt", size, "learned", tokens(share, size), fill="interpolate")
+        for size in (BASE, *OTHERS)
+        for share in BUDGETS
+    ]
     pixel = [Setting("apt", BASE, scorer, tokens(0.6), fill="interpolate") for scorer in ("entropy", "upsample_mse")]
     others = [Setting(method, BASE, None, tokens(0.6)) for method in ("random", "tome")]
     others += [Setting("apt", BASE, file, tokens(0.6), fill="interpolate") for file in also]

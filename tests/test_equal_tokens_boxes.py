@@ -6,11 +6,13 @@ import random
 import mmdet  # noqa: F401, without it these tests are left out
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
 from benchmarks import equal_tokens_boxes as boxes
+from benchmarks import study
 from benchmarks.study import Setting
 
 
@@ -148,3 +150,19 @@ def test_gains_are_over_the_dense_curve():
         and inside["errors"] == dict.fromkeys(boxes.WITH_ERRORS, 0)
         and beyond["mAP"] == [21.0, None]
     )
+
+
+def test_scorers_learn_from_whole_photographs_and_parts_of_them(data, tmp_path, monkeypatch):
+    _, folder = data
+    small = dict(embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
+    network = timm.create_model("vit_small_patch14_dinov2", **small).eval()
+    monkeypatch.setattr(study, "pretrained", lambda weights: network)
+    monkeypatch.setattr(boxes, "train_detector", lambda *arguments: None)
+    monkeypatch.setattr(boxes, "train_classes", lambda *arguments: None)
+    monkeypatch.setattr(boxes, "SCORED_AT", ((56, 84),))
+    monkeypatch.setattr(boxes, "PARTS", boxes.PARTS._replace(size=(28, 56), copies=2))
+    of_photos = boxes.BoxStudy(folder, tmp_path / "boxes.json", None, tmp_path / "steps", torch.float32)
+    whole, parts = of_photos.views("train")
+    assert (whole.pixels.shape, whole.losses[28].shape) == ((7, 3, 56, 84), (7, 2, 3))
+    assert (parts.pixels.shape, parts.losses[28].shape) == ((14, 3, 28, 56), (14, 1, 2))
+    assert len(of_photos.views("val")) == 1
