@@ -75,7 +75,7 @@ class Range(NamedTuple):
     high: Tensor
 
 
-PIXELS = Range(torch.tensor([0.0]), torch.tensor([255.0]))
+PIXELS = Range(*torch.tensor([[0.0], [255.0]], device="cpu"))  # wherever it is imported
 
 
 class Layer(NamedTuple):

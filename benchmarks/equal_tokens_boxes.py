@@ -271,8 +271,11 @@ class BoxStudy(Study):
         ]
         if split == "train":
             self.vit.thresholds, detector = {}, self.detector(SEEDS[0])
+
+            def outputs(pixels: Tensor) -> Tensor:
+                return detector.probabilities(self.maps(pixels))
+
             paths = [photo.path for photo in self.photos[split]]
-            outputs = lambda pixels: detector.probabilities(self.maps(pixels))  # noqa: E731
             report = partial(track, description="parts of photographs", console=console)
             found.append(make_views(paths, outputs, (MERGED,), PARTS, self.work_dir / "parts", report=report))
         return found
