@@ -120,8 +120,8 @@ class Layer(NamedTuple):
         return Range(rows.amin(1), rows.amax(1))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Layer":
-        moved = (None if part is None else part.to(device, dtype) for part in self[:-1])
-        return Layer(*moved, None if self.zero is None else self.zero.to(device))
+        moved = (part if part is None else part.to(device, part.dtype if part is self.zero else dtype) for part in self)
+        return Layer(*moved)
 
 
 class LearnedScorer:

@@ -84,10 +84,10 @@ def summary() -> str:
         ("LLaVA, questions", "vqa", "accuracy"),
     ):
         of = {result.method: result for result in read_table(report(task))}
-        smaller = next(name for name in of if name.startswith(SMALLER_DENSE))
-        *_, learned = (name for name in of if "learned scorer" in name)
+        smaller = next((name for name in of if name.startswith(SMALLER_DENSE)), None)
+        learned = next((name for name in reversed(of) if "learned scorer" in name), None)
         methods = (DENSE, smaller, "random", "resizing", AFTER, learned)
-        numbers = [f"{of[name].metrics[metric]:.1f}" for name in methods]
+        numbers = [f"{of[name].metrics[metric]:.1f}" if name in of else "" for name in methods]
         rows.append([title, metric, *numbers, f"{of[AFTER].content_kept:.1%}", f"{of[AFTER].relative_speed:.2f}x"])
     names = ["dense", "smaller image", "random", "resizing", "APT", "learned scorer"]
     return table(["task", "metric", *names, "content tokens kept", "speed of the whole model"], rows)
