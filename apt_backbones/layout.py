@@ -209,40 +209,45 @@ class PatchLayout:
         repeated = cells_BHWD[:, :, None, :, None].expand(-1, -1, scale, -1, scale, -1)
         return repeated.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
-    def interpolate(self, map_BDHW: Tensor, scale: int = 1) -> Tensor:
-        """Interpolate a map of ``to_map`` within patches: their cells approach those around them, while the mean of
-        every patch stays the token's. What no patch covers stays as it is.
+    def interpolate(self, map_BDHW: Tensor) -> Tensor:
+        """Interpolate a map of ``to_map`` within merged patches: their cells approach those around them, while the mean
+        of every patch stays the token's."""
+        if not self._factors:
+            return map_BDHW
+        return self.add_detail(map_BDHW, self._near(map_BDHW, 1, max(1, max(self._factors) // 2)))
 
-        Args:
-            map_BDHW: on the base cells.
-            scale: the result is on cells so many times finer. With 1 only merged patches have several cells.
-        """
-        times = max(1, max(self._factors, default=1) // 2)
+    def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor) -> Tensor:
+        """Add to the cells of every merged patch what a second map holds there, less its mean over the patch."""
+        mean_BDHW = detail_BDHW
+        for factor in self._factors:
+            means = self.refine(F.avg_pool2d(detail_BDHW, factor), factor)
+            rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
+            mean_BDHW = torch.where(self._factor_B1HW == factor, F.pad(means, (0, rest[1], 0, rest[0])), mean_BDHW)
+        return torch.where(self._factor_B1HW > 1, detail_BDHW + (map_BDHW - mean_BDHW), map_BDHW)
+
+    def finer(self, map_BDHW: Tensor, scale: int) -> Tensor:
+        """A map on the base cells interpolated on cells ``scale`` times finer, whose mean stays the base cell's. Where
+        there is no token it stays as it is."""
+        if scale == 1:
+            return map_BDHW
+        near_BDHW = self._near(map_BDHW, scale, 1)
+        fine = near_BDHW.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
+        moved_BDHW = map_BDHW - F.avg_pool2d(near_BDHW, scale)
+        finer_BDHW = (fine + moved_BDHW[:, :, :, None, :, None]).flatten(4).flatten(2, 3)
+        if not self.num_empty:
+            return finer_BDHW
+        has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None], scale)
+        return torch.where(has_token_B1HW, finer_BDHW, self.refine(map_BDHW, scale))
+
+    def _near(self, map_BDHW: Tensor, scale: int, times: int) -> Tensor:
+        """Means of every cell and its neighbours that have a token, on cells ``scale`` times finer, taken ``times``
+        times (B, D, H * scale, W * scale)."""
         rows, columns = (_near(cells, scale, times, map_BDHW.device, map_BDHW.dtype) for cells in self.grid)
         near_BHWD = along_axes(map_BDHW.permute(0, 2, 3, 1), rows, columns)
         if self.num_empty:
             has_token_BHW1 = (self.token_BHW >= 0)[..., None].to(map_BDHW.dtype)
             near_BHWD = near_BHWD / along_axes(has_token_BHW1, rows, columns).clamp(min=1e-3)
-        return self.add_detail(map_BDHW, near_BHWD.permute(0, 3, 1, 2), scale)
-
-    def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor, scale: int = 1) -> Tensor:
-        """Add to the cells of every patch what a second map holds there, less its mean over the patch.
-
-        Args:
-            map_BDHW: on the base cells.
-            detail_BDHW: on cells ``scale`` times finer, as the result.
-        """
-        cell_BDHW = mean_BDHW = F.avg_pool2d(detail_BDHW, scale) if scale > 1 else detail_BDHW
-        for factor in self._factors:
-            means = self.refine(F.avg_pool2d(cell_BDHW, factor), factor)
-            rest = [whole - part for whole, part in zip(map_BDHW.shape[2:], means.shape[2:])]
-            mean_BDHW = torch.where(self._factor_B1HW == factor, F.pad(means, (0, rest[1], 0, rest[0])), mean_BDHW)
-        fine = detail_BDHW.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
-        added_BDHW = (fine + (map_BDHW - mean_BDHW)[:, :, :, None, :, None]).flatten(4).flatten(2, 3)
-        if scale > 1 and not self.num_empty:
-            return added_BDHW
-        has_several_B1HW = self.refine(self._factor_B1HW * scale > 1, scale)
-        return torch.where(has_several_B1HW, added_BDHW, self.refine(map_BDHW, scale))
+        return near_BHWD.permute(0, 3, 1, 2)
 
     @cached_property
     def _factor_B1HW(self) -> Tensor:

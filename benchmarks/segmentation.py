@@ -20,6 +20,7 @@ from apt_backbones.images import read_rgb
 
 SPLITS = ("train", "val", "test")
 LABELED = (360, 480)  # height and width of labels
+GROUPS = ("person", "vehicle", "animal", "food", "furniture")  # super-categories of COCO
 
 
 class Dataset(NamedTuple):
@@ -77,8 +78,8 @@ def camvid(folder: Path) -> Dataset:
 
 
 def things(folder: Path, instances: Path) -> Dataset:
-    """COCO's twelve super-categories and what is none of them: the middle 4:3 of photographs with polygons. Of those
-    that the folder holds, ordered by their ids, three fifths are to train on, and a quarter to test.
+    """People, vehicles, animals, food, furniture, other things, and what is no thing: the middle 4:3 of photographs of
+    COCO. Of those that the folder holds, ordered by their ids, three fifths are to train on, and a quarter to test.
 
     Raises:
         FileNotFoundError: the folder holds none of the images.
@@ -91,8 +92,10 @@ def things(folder: Path, instances: Path) -> Dataset:
     if not found:
         raise FileNotFoundError(f"{folder} holds none of the images that {instances} names")
     first, second = round(0.6 * len(found)), round(0.75 * len(found))
-    groups = sorted({category["supercategory"] for category in coco.dataset["categories"]})
-    number = {category["id"]: groups.index(category["supercategory"]) + 1 for category in coco.dataset["categories"]}
+    classes, number = ("nothing", *GROUPS, "other"), {}
+    for category in coco.dataset["categories"]:
+        group = category["supercategory"]
+        number[category["id"]] = classes.index(group if group in GROUPS else "other")
 
     def label_of(path: Path) -> np.ndarray:
         shapes = coco.imgToAnns[ids[path.name]]
@@ -100,7 +103,7 @@ def things(folder: Path, instances: Path) -> Dataset:
         labels = np.zeros((image["height"], image["width"]), np.uint8)
         # Small ones lie on large ones, and all on crowds, whose outlines are coarse.
         for shape in sorted(shapes, key=lambda shape: (-shape["iscrowd"], -shape["area"])):
-            labels[coco.annToMask(shape) > 0] = len(groups) + 1 if shape["iscrowd"] else number[shape["category_id"]]
+            labels[coco.annToMask(shape) > 0] = len(classes) if shape["iscrowd"] else number[shape["category_id"]]
         return np.asarray(middle(Image.fromarray(labels)).resize(LABELED[::-1], Image.Resampling.NEAREST))
 
     def middle(image: Image.Image) -> Image.Image:
@@ -112,7 +115,7 @@ def things(folder: Path, instances: Path) -> Dataset:
         return middle(image).resize((640, 480), Image.Resampling.BICUBIC)
 
     paths = dict(zip(SPLITS, (found[:first], found[first:second], found[second:])))
-    return Dataset("things", "COCO's things", len(groups) + 1, paths, prepare, label_of, (0.6, 1.0))
+    return Dataset("things", "COCO's things", len(classes), paths, prepare, label_of, (0.6, 1.0))
 
 
 def linear_head(channels: int, num_classes: int) -> nn.Module:

@@ -119,8 +119,8 @@ def speeds() -> str:
 
 def equal_tokens(name: str) -> str:
     """One row per method and size on the test split: quality, what it gains over dense images of as many tokens that
-    the same head reads, and milliseconds. Means over seeds; errors are standard deviations, over scorers of several
-    seeds or, for boxes, over samples of the images. For one metric, columns are the ways in which maps are filled."""
+    the same head reads, and milliseconds. Means over seeds; errors are standard deviations over samples of the images.
+    For one metric, columns are the ways in which maps are filled."""
     measured = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text())
     metrics = [name for name in METRICS if name in measured["results"][0]]
     points, rows = {}, {}
@@ -133,7 +133,7 @@ def equal_tokens(name: str) -> str:
     def quality(point: tuple, metric: str) -> str:
         entry = gained.get(point, {})
         if metric == "mIoU":
-            gain, error = entry.get("kept"), entry.get("spread")
+            gain, error = entry.get("kept"), entry.get("error")
         else:
             gain, error = entry.get(metric, [None, None])[1], (entry.get("errors") or {}).get(metric)
         return _with_gain(statistics.mean(line[metric] for line in points[point]), gain, error)

@@ -120,8 +120,8 @@ def test_things_are_drawn_on_the_middle_of_photographs(tmp_path):
     }  # fmt: skip
     *_, label = data.labels("test")
     # Of 120 x 40 pixels the 53 in the middle are kept, from 33 on, and enlarged nine times.
-    assert label.shape == (360, 480) and data.num_classes == 3
-    for column, row, found in ((45, 15, 1), (60, 15, 2), (75, 5, 1), (75, 30, 0), (45, 30, 3)):
+    assert label.shape == (360, 480) and data.num_classes == 7
+    for column, row, found in ((45, 15, 3), (60, 15, 2), (75, 5, 3), (75, 30, 0), (45, 30, 7)):
         assert label[9 * row + 4, 9 * (column - 33) + 4] == found, (column, row)
 
 

@@ -80,20 +80,14 @@ def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_finer_maps_learn_what_the_network_says_of_a_larger_image(paths):
-    """Also where nothing merges: the images of which the maps are finer are half as large."""
-    vit, seen = network(0.0, "resizing", map_fill="learned", map_scale=2), []
-
-    def outputs(pixels):
-        seen.append((tuple(pixels.shape[2:]), dict(vit.thresholds)))
-        return outputs_of(vit)(pixels)
-
-    matching = FeatureMatching(vit, outputs)
-    found = matching(torch.randint(0, 255, (2, 3, 64, 48), dtype=torch.uint8))
-    assert seen == [((64, 48), {}), ((32, 24), {8: 0.0})] and found["kept"] == 1
-    assert vit.map_scale == 2 and vit.feature_maps(torch.zeros(1, 3, 64, 48))[0].shape[2:] == (32, 24)
-    found["loss"].backward()
+def test_layers_of_maps_learn_on_finer_maps_too(paths):
+    """They are on the base cells whatever the scale, so that a file goes with every scale."""
+    vit = network(5.0, "resizing", map_fill="learned", map_scale=2)
+    pixels = torch.randint(0, 255, (2, 3, 64, 48), dtype=torch.uint8)
+    pixels[..., :32] = 0
+    FeatureMatching(vit, outputs_of(vit))(pixels)["loss"].backward()
     assert vit.map_detail["1"].out.weight.grad.any()
+    assert vit.feature_maps(torch.zeros(1, 3, 64, 48))[0].shape[2:] == (32, 24)
 
 
 def test_probabilities(paths, tmp_path):

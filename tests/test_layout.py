@@ -100,7 +100,7 @@ def test_maps_constant_on_each_patch_survive_the_round_trip(case):
 def test_interpolated_maps_keep_the_mean_of_every_patch(case, scale):
     layout, _ = case
     tokens = torch.randn(layout.num_tokens, 3, generator=torch.Generator().manual_seed(0))
-    interpolated = layout.interpolate(layout.to_map(tokens), scale)
+    interpolated = layout.finer(layout.interpolate(layout.to_map(tokens)), scale)
     token_BHW = layout.refine(layout.token_BHW[:, None], scale)[:, 0]
     assert torch.equal(interpolated.movedim(1, 3)[token_BHW < 0], torch.zeros(int((token_BHW < 0).sum()), 3))
     for token in range(layout.num_tokens):
@@ -111,24 +111,33 @@ def test_interpolated_maps_keep_the_mean_of_every_patch(case, scale):
             torch.testing.assert_close(cells.mean(0), tokens[token], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [(8,), (8, 16)])
-def test_interpolation_takes_means_of_neighbours_and_moves_them_to_the_tokens(sizes, scale):
+def test_interpolation_takes_means_of_neighbours_and_moves_them_to_the_tokens(sizes):
     sides = torch.full((1, 6, 8), 4)
     sides[0, :2, 2:4] = 8
     if 16 in sizes:
         sides[0, :4, 4:] = 16
     layout = PatchLayout.build(sides, 4, sizes)
     repeated = layout.to_map(torch.randn(layout.num_tokens, 3))
-    expected = F.interpolate(repeated, scale_factor=scale, mode="nearest")
+    expected = repeated
     for _ in range(max(sizes) // 8):
         expected = F.avg_pool2d(expected, 3, stride=1, padding=1, count_include_pad=False)
-    token_HW = F.interpolate(layout.token_BHW[None].double(), scale_factor=scale, mode="nearest")[0, 0]
     for token in range(layout.num_tokens):
         row, column = layout.row_T[token], layout.column_T[token]
-        cells = expected[0, :, token_HW == token]
-        expected[0, :, token_HW == token] = cells - cells.mean(1, keepdim=True) + repeated[0, :, row, column, None]
-    torch.testing.assert_close(layout.interpolate(repeated, scale), expected)
+        cells = expected[0, :, layout.token_BHW[0] == token]
+        moved = cells - cells.mean(1, keepdim=True) + repeated[0, :, row, column, None]
+        expected[0, :, layout.token_BHW[0] == token] = moved
+    torch.testing.assert_close(layout.interpolate(repeated), expected)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_finer_maps_take_means_of_neighbours_and_moves_them_to_the_base_cells(scale):
+    layout = PatchLayout.dense(1, (6, 8), 4)
+    cells = torch.randn(1, 3, 6, 8)
+    near = F.interpolate(cells, scale_factor=scale, mode="nearest")
+    near = F.avg_pool2d(near, 3, stride=1, padding=1, count_include_pad=False)
+    moved = F.interpolate(cells - F.avg_pool2d(near, scale), scale_factor=scale, mode="nearest")
+    torch.testing.assert_close(layout.finer(cells, scale), near + moved)
 
 
 def test_autocast_does_not_change_interpolated_maps():
@@ -138,9 +147,9 @@ def test_autocast_does_not_change_interpolated_maps():
     sides[0, :, 6:] = 0
     layout = PatchLayout.build(sides, 4, (8,))
     repeated = layout.to_map(torch.randn(layout.num_tokens, 3))
-    expected = layout.interpolate(repeated, 2)
+    expected = layout.finer(layout.interpolate(repeated), 2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layout.interpolate(repeated, 2), expected)
+        assert torch.equal(layout.finer(layout.interpolate(repeated), 2), expected)
 
 
 @given(layouts(most_prefix=2))
@@ -204,7 +213,7 @@ def test_interpolated_maps_are_channels_last_in_memory(scale):
     """On a CPU pooling is ten times slower on maps that are not."""
     sides = torch.tensor([[[8, 8, 4, 4], [8, 8, 4, 4]]])
     layout = PatchLayout.build(sides, 4, (8,))
-    maps = layout.interpolate(layout.to_map(torch.randn(layout.num_tokens, 6)), scale)
+    maps = layout.finer(layout.interpolate(layout.to_map(torch.randn(layout.num_tokens, 6))), scale)
     assert maps.is_contiguous(memory_format=torch.channels_last)
 
 

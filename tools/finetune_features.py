@@ -10,8 +10,7 @@ examples:
 
 With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. A
 configuration says which new layers it has; for a timm model --train does: ConvDown and ZeroMLP ("embedding"), the
-detail of feature maps within patches ("maps", map_fill="learned"), or both. Maps of a --map-scale above 1 are finer
-than the patches, and learn what the model says of an image so many times larger. The file holds the new layers only. An
+detail of feature maps within patches ("maps", map_fill="learned"), or both. The file holds the new layers only. An
 interrupted run resumes. Runs without a GPU.
 """
 
@@ -57,7 +56,6 @@ def main() -> None:
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")
     add("--train", nargs="+", choices=LAYERS, help="new layers of a timm model (default: embedding)")
-    add("--map-scale", type=int, default=1, help="cells of learned maps per side of a base patch (default: 1)")
     add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
     add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
@@ -72,9 +70,7 @@ def main() -> None:
     train = args.train or ["embedding"]
     layers = dict(merge="apt") if "embedding" in train else {}
     if "maps" in train:
-        layers |= dict(map_fill="learned", map_scale=args.map_scale)
-    elif args.map_scale != 1:
-        raise ValueError("--map-scale is for learned maps: add --train maps (a configuration has its own map_scale)")
+        layers |= dict(map_fill="learned")
     frozen = frozen_model(args.model, args.weights, args.sizes, args.resize, **layers)
     target, trunk, prepare = frozen.target(args.target), frozen.trunk, frozen.settings.prepare
     paths = find_images(args.images)
@@ -102,7 +98,6 @@ def main() -> None:
         args.scorer,
         trunk.thresholds,
         train,
-        trunk.map_scale,
         target,
         views,
         args.iterations,
@@ -121,7 +116,7 @@ def main() -> None:
         args.iterations,
         args.batch,
         args.rate,
-        prepare=frozen.larger,
+        prepare=prepare,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_new_layers(frozen.model, args.out)

@@ -76,21 +76,16 @@ class Frozen(NamedTuple):
             raise ValueError("the model has no segmentation head; use --target features")
         return asked or ("features" if self.head is None else "head")
 
-    def larger(self, image: Image.Image) -> Image.Image:
-        """An image as large as the model sees it, or with ``map_scale`` as many times larger."""
-        seen, scale = self.settings.prepare(image), self.trunk.map_scale
-        return seen if scale == 1 else image.resize([scale * side for side in seen.size], Image.Resampling.BICUBIC)
-
     def view_size(self, asked: Sequence[int] | None, image: Image.Image) -> tuple[int, int]:
-        """Height and width of a view of a ``larger`` image: what is asked for, or all of it, in whole largest patches.
+        """Height and width of a view of an image: what is asked for, or all of it, in whole largest patches.
 
         Raises:
             ValueError: more than two sides are asked for.
         """
         if asked and len(asked) > 2:
             raise ValueError("--view takes one side, or height and width")
-        largest = max(self.settings.thresholds) * self.trunk.map_scale
-        sides = asked or [min(side, LARGEST_VIEW) for side in self.larger(image).size[::-1]]
+        largest = max(self.settings.thresholds)
+        sides = asked or [min(side, LARGEST_VIEW) for side in self.settings.prepare(image).size[::-1]]
         height, width = (max(2, side // largest) * largest for side in (*sides, *sides)[:2])
         return height, width
 

@@ -1,5 +1,4 @@
-"""A fine-tune without labels: the new layers learn that merged patches give what the dense network gives, and finer
-maps (``map_scale``) what it gives on a larger image.
+"""A fine-tune without labels: the new layers learn that merged patches give what the dense network gives.
 
 Legend: B images, C channels, H x W base cells.
 """
@@ -7,12 +6,10 @@ Legend: B images, C channels, H x W base cells.
 import math
 import random
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from mmengine.dataset import DefaultSampler
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -70,7 +67,7 @@ class FeatureMatching(BaseModel):
             raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
         self.model = freeze_host(model)
         self.trunk_of_model = [find_trunk(model)]  # in a list: its weights belong to the model
-        if not any(self.trunk.thresholds.values()) and self.trunk.map_scale == 1:
+        if not any(self.trunk.thresholds.values()):
             raise ValueError("nothing merges under these thresholds, so there is nothing to learn")
         self.outputs, self.loss = outputs, loss
 
@@ -82,16 +79,11 @@ class FeatureMatching(BaseModel):
         """Nothing: mmengine's would draw the frozen weights of timm's networks anew."""
 
     def forward(self, pixels: Tensor, mode: str = "loss") -> dict[str, Tensor]:
-        """``loss``, and for the log ``distance``, the same, and ``kept``, the share of tokens. With finer maps, the
-        merged ones are those of the images at ``1 / map_scale`` of their size."""
-        pixels, scale = pixels.float(), self.trunk.map_scale
-        with torch.no_grad(), merging_off(self.trunk), map_scale_of(self.trunk, 1):
+        """``loss``, and for the log ``distance``, the same, and ``kept``, the share of tokens."""
+        pixels = pixels.float()
+        with torch.no_grad(), merging_off(self.trunk):
             dense = self.outputs(pixels).float()
-        if scale > 1:
-            pixels = F.interpolate(pixels, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(0, 255)
         merged = self.outputs(pixels).float()
-        if merged.shape[2:] != dense.shape[2:]:  # of a head that resizes to its images
-            merged = F.interpolate(merged, size=dense.shape[2:], mode="bilinear")
         layout = self.trunk.last_layout
         if self.loss == "features":
             variance_C = dense.var((0, 2, 3)).clamp(min=1e-6)
@@ -102,16 +94,6 @@ class FeatureMatching(BaseModel):
         patches = layout.num_tokens - layout.batch_size * layout.num_prefix
         kept = patches / (layout.batch_size * math.prod(layout.grid))
         return {"loss": distance, "distance": distance.detach(), "kept": distance.new_tensor(kept)}
-
-
-@contextmanager
-def map_scale_of(trunk: AdaptiveTrunk, scale: int) -> Iterator[None]:
-    """Give a trunk's maps another scale for the time being."""
-    before, trunk.map_scale = trunk.map_scale, scale
-    try:
-        yield
-    finally:
-        trunk.map_scale = before
 
 
 def finetune_features(
@@ -132,7 +114,7 @@ def finetune_features(
     Args:
         model, outputs, loss: see ``FeatureMatching``.
         paths: image files.
-        views: how training views are cut from them; with finer maps, at ``map_scale`` times the size that is seen.
+        views: how training views are cut from them.
         work_dir: for mmengine's logs and checkpoints.
         iterations, batch: steps, and views of a step.
         rate: the highest learning rate, of AdamW.
