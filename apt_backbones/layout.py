@@ -214,7 +214,7 @@ class PatchLayout:
         of every patch stays the token's."""
         if not self._factors:
             return map_BDHW
-        return self.add_detail(map_BDHW, self._near(map_BDHW, 1, max(1, max(self._factors) // 2)))
+        return self.add_detail(map_BDHW, self._means_around(map_BDHW, 1, max(1, max(self._factors) // 2)))
 
     def add_detail(self, map_BDHW: Tensor, detail_BDHW: Tensor) -> Tensor:
         """Add to the cells of every merged patch what a second map holds there, less its mean over the patch."""
@@ -230,7 +230,7 @@ class PatchLayout:
         there is no token it stays as it is."""
         if scale == 1:
             return map_BDHW
-        near_BDHW = self._near(map_BDHW, scale, 1)
+        near_BDHW = self._means_around(map_BDHW, scale, 1)
         fine = near_BDHW.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
         moved_BDHW = map_BDHW - F.avg_pool2d(near_BDHW, scale)
         finer_BDHW = (fine + moved_BDHW[:, :, :, None, :, None]).flatten(4).flatten(2, 3)
@@ -239,7 +239,7 @@ class PatchLayout:
         has_token_B1HW = self.refine((self.token_BHW >= 0)[:, None], scale)
         return torch.where(has_token_B1HW, finer_BDHW, self.refine(map_BDHW, scale))
 
-    def _near(self, map_BDHW: Tensor, scale: int, times: int) -> Tensor:
+    def _means_around(self, map_BDHW: Tensor, scale: int, times: int) -> Tensor:
         """Means of every cell and its neighbours that have a token, on cells ``scale`` times finer, taken ``times``
         times (B, D, H * scale, W * scale)."""
         rows, columns = (_near(cells, scale, times, map_BDHW.device, map_BDHW.dtype) for cells in self.grid)

@@ -13,7 +13,6 @@ command resumes.
 
 import hashlib
 import json
-import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -34,7 +33,6 @@ from apt_backbones.calibrate import score_maps_of
 from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.layout import PatchLayout
-from apt_backbones.new_layers import save_new_layers
 from apt_backbones.scores import SCORERS
 
 from .segmentation import Dataset, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
@@ -52,7 +50,6 @@ BUDGETS = {
 OTHERS = (302, 390)  # budgets of the baselines
 SCORER_SEEDS = (0, 1, 2)  # for the smallest base image
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
-DETAIL_STEPS = 400
 PART_COPIES = 6  # of training images, random parts for scorers
 VIEWED = (0.55, 1.1)  # zooms of the largest base image in training views of learned maps
 CHUNK = 32
@@ -150,7 +147,8 @@ def all_settings(name: str) -> list[Setting]:
             of_budget = seeds if size == BASES[0] and budget in OTHERS else seeds[:1]
             settings += [Setting("apt", size, "learned", budget, seed, fill) for seed in of_budget for fill in filled]
     if name == "camvid":
-        settings += [Setting("apt", BASES[0], "learned", budget, fill="dense") for budget in OTHERS]
+        ceilings = [(BASES[0], budget) for budget in OTHERS] + [(size, BUDGETS[size][0]) for size in BASES[1:]]
+        settings += [Setting("apt", size, "learned", budget, fill="dense") for size, budget in ceilings]
     settings += [Setting("apt", BASES[0], scorer, b, fill=fill) for scorer in scorers for b in OTHERS for fill in pixel]
     return settings + [Setting(method, BASES[0], None, b) for method in ("random", "tome") for b in OTHERS]
 
@@ -261,35 +259,15 @@ class SegmentationStudy(Study):
         return load_file(file)["losses"]
 
     def detail_file(self) -> Path:
-        """Trained without labels, with the thresholds of all budgets in turn: with merging the linear heads say what
-        they say without."""
-        file = self.work_dir / "detail.safetensors"
-        if not file.is_file():
-            from apt_backbones.mm.feature_matching import finetune_features
+        """Learned from the linear heads, with the thresholds of all budgets."""
+        settings = [Setting("apt", size, "learned", budget) for size, every in BUDGETS.items() for budget in every]
+        views = ViewSettings(BASES[0], scales=VIEWED)
 
-            settings = [Setting("apt", size, "learned", budget) for size, every in BUDGETS.items() for budget in every]
-            thresholds, chance = [{MERGED: self.threshold(setting)} for setting in settings], random.Random(0)
-            self.forget()
+        def prepare(image: Image.Image) -> Image.Image:
+            return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
 
-            def outputs(pixels: Tensor) -> Tensor:
-                if self.vit.thresholds:  # not the dense ones
-                    self.vit.thresholds = chance.choice(thresholds)
-                with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                    maps = self.vit.feature_maps(self.normalized(pixels), norm=True)
-                return self.probabilities(torch.cat(maps, 1))
-
-            def prepare(image: Image.Image) -> Image.Image:
-                return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
-
-            self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), "learned"
-            views, work_dir = ViewSettings(BASES[0], scales=VIEWED), self.work_dir / "detail"
-            paths = self.data.paths["train"]
-            finetune_features(
-                self.vit, outputs, paths, views, work_dir, "probabilities", DETAIL_STEPS, rate=2e-3, prepare=prepare
-            )
-            save_new_layers(self.vit, file)
-            self.vit.thresholds, self.vit.map_fill = {}, "repeat"
-        return file
+        self.forget()
+        return self.trained_detail(settings, self.probabilities, self.data.paths["train"], views, prepare)
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == TRUE and TRUE not in SCORERS:
@@ -502,8 +480,9 @@ def main() -> None:
     # On the val split only what is chosen on it, and what it is compared with.
     chosen = []
     if name == task.teacher:
-        chosen = [s for s in settings if s.method == "dense" or (s.image == BASES[0] and s.budget == OTHERS[0])]
-        chosen = [s for s in chosen if s.method in ("dense", "apt") and s.seed == 0]
+        points = {(BASES[0], OTHERS[0]), *((size, every[0]) for size, every in BUDGETS.items())}
+        chosen = [s for s in settings if s.method == "dense" or (s.method == "apt" and (s.image, s.budget) in points)]
+        chosen = [s for s in chosen if s.seed == 0]
         chosen += [Setting("apt", BASES[0], file, OTHERS[0], fill=fill) for file in args.also for fill in task.fills]
     quality = {}
     for split, part in (("val", chosen), ("test", settings)):

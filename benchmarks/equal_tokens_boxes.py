@@ -169,7 +169,6 @@ class Detector(nn.Module):
         corners = (found.bboxes / scale)[:, None].expand(-1, scores.shape[1], -1)
         return torch.cat([corners, scores[..., None], likely.indices[..., None]], 2).flatten(0, 1)
 
-    @torch.no_grad()
     def probabilities(self, maps: Tensor) -> Tensor:
         """Of the classes and of none on the base cells (B, classes + 1, H, W): whether there is an object, as the two
         finest levels have it, and the class of the cell."""
@@ -287,10 +286,18 @@ class BoxStudy(Study):
             detector, found, self.vit.thresholds = self.detector(SEEDS[0]), {}, {}
             images = zip(self.photos[split], self.images(split, size))
             for photo, pixels in track(images, f"losses {split}", len(self.photos[split]), console=console):
-                found[str(photo.id)] = merging_losses(detector.probabilities(self.maps(pixels)), (2,))[0][0]
+                with torch.no_grad():
+                    found[str(photo.id)] = merging_losses(detector.probabilities(self.maps(pixels)), (2,))[0][0]
             save_tensors(file, found)
         kept = load_file(file)
         return [kept[str(photo.id)] for photo in self.photos[split]]
+
+    def detail_file(self) -> Path:
+        """Learned from the first detector, with the thresholds of all budgets of the base size."""
+        settings = [setting for setting in all_settings() if setting.image == BASE and setting.scorer == "learned"]
+        views = ViewSettings((280, 280), scales=PARTS.scales)
+        paths = [photo.path for photo in self.photos["train"]]
+        return self.trained_detail(settings, self.detector(SEEDS[0]).probabilities, paths, views)
 
     def detections(self, setting: Setting) -> dict:
         """Tokens per image of the test split, and every seed's detections."""
@@ -499,8 +506,8 @@ def all_settings(also: Sequence[str] = ()) -> list[Setting]:
 
     dense = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
     learned = [
-        Setting("apt", size, "learned", tokens(share, size), fill="interpolate")
-        for size in (BASE, *OTHERS)
+        Setting("apt", size, "learned", tokens(share, size), fill=fill)
+        for size, fill in ((BASE, "interpolate"), (BASE, "learned"), *((size, "interpolate") for size in OTHERS))
         for share in BUDGETS
     ]
     pixel = [Setting("apt", BASE, scorer, tokens(0.6), fill="interpolate") for scorer in ("entropy", "upsample_mse")]
@@ -563,7 +570,8 @@ def draw(path: Path, results: list[dict]) -> None:
     def name_of(line: dict) -> str:
         if line["method"] == "dense":
             return "dense, smaller images"
-        return f"{line['scorer'] or line['method']}, image of {line['image']}"
+        maps = ", learned maps" if line["fill"] == "learned" else ""
+        return f"{line['scorer'] or line['method']}{maps}, image of {line['image']}"
 
     titles = {
         "mAP": "all classes",

@@ -5,6 +5,7 @@ What all data sets share. Legend: B images, C channels, H x W base cells.
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -25,16 +27,17 @@ from tools.cli import parser_of
 from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
-from apt_backbones.distill import Views, train_scorer
+from apt_backbones.distill import Views, ViewSettings, train_scorer
 from apt_backbones.files import write_atomically
 from apt_backbones.layout import PatchLayout
-from apt_backbones.new_layers import load_new_layers
+from apt_backbones.new_layers import load_new_layers, save_new_layers
 from apt_backbones.selection import normalize
 from tools.machine import processor
 
 from . import tome
 
 MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
+DETAIL_STEPS = 400  # of learned maps
 # Of the results' entries: what those share that differ in their seeds alone.
 point_of = itemgetter("method", "scorer", "fill", "image", "budget")
 
@@ -149,6 +152,41 @@ class Study:
     def detail_file(self) -> Path:
         """The new layers of maps that are filled as "learned", trained on the train split."""
         raise NotImplementedError
+
+    def trained_detail(
+        self,
+        settings: Sequence[Setting],
+        probabilities: Callable[[Tensor], Tensor],
+        paths: Sequence[Path],
+        views: ViewSettings,
+        prepare: Callable[[Image.Image], Image.Image] = lambda image: image,
+    ) -> Path:
+        """Train them without labels: maps lead to the same probabilities with merging as without.
+
+        Args:
+            settings: whose thresholds take turns.
+            probabilities: of maps (B, C, H, W).
+            paths, views, prepare: see ``finetune_features``.
+        """
+        file = self.work_dir / "detail.safetensors"
+        if not file.is_file():
+            from apt_backbones.mm.feature_matching import finetune_features
+
+            thresholds, chance = [{MERGED: self.threshold(setting)} for setting in settings], random.Random(0)
+
+            def outputs(pixels: Tensor) -> Tensor:
+                if self.vit.thresholds:  # not the dense ones
+                    self.vit.thresholds = chance.choice(thresholds)
+                with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                    maps = self.vit.feature_maps(self.normalized(pixels), self.blocks, norm=True)
+                return probabilities(torch.cat(maps, 1))
+
+            self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), "learned"
+            work_dir, kind, rate = self.work_dir / "detail", "probabilities", 2e-3
+            finetune_features(self.vit, outputs, paths, views, work_dir, kind, DETAIL_STEPS, rate=rate, prepare=prepare)
+            save_new_layers(self.vit, file)
+            self.vit.thresholds, self.vit.map_fill = {}, "repeat"
+        return file
 
     def kept(self, name: str, function: Callable[[], object]):
         """The result of a step, from an earlier run if there is one."""

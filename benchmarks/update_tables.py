@@ -144,7 +144,7 @@ def equal_tokens(name: str) -> str:
     for (method, scorer, fill, image, budget), same in rows.items():
         of = {each: (method, scorer, each, image, budget) for each in same}
         label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
-        label += ", interpolated maps" if fill == "interpolate" else ""
+        label += {"interpolate": ", interpolated maps", "learned": ", learned maps"}.get(fill, "")
         tokens = statistics.mean(line["tokens"] for line in points[of[same[0]]])
         cells = [quality(of[each], metrics[0]) if each in of else "" for each in fills]
         cells = cells or [quality(of[fill], metric) for metric in metrics]

@@ -219,6 +219,15 @@ def test_scorers_learn_from_linear_heads_whatever_head_is_measured(tmp_path, mon
     for views in (whole, parts):
         assert (views.pixels.shape, views.losses[28].shape) == ((8, 3, 56, 84), (8, 2, 3)) and views.losses[28].all()
     assert len(of_upernet.views("val")) == 1, "parts are for training"
+    # So do the layers of learned maps.
+    monkeypatch.setattr(study, "DETAIL_STEPS", 3)
+    monkeypatch.setattr(equal_tokens, "BUDGETS", {(56, 84): (12, 18)})
+    monkeypatch.setattr(of_upernet, "threshold", lambda setting: 8.0 if setting.budget == 12 else 0.5)
+    monkeypatch.setattr(of_upernet, "scorer_file", lambda seed=0: "entropy")
+    dense = of_upernet.outputs(whole.pixels[:1])
+    layers = load_file(of_upernet.detail_file())
+    assert all(layers[f"map_detail.{block}.out.weight"].any() for block in equal_tokens.BLOCKS)
+    assert torch.equal(of_upernet.outputs(whole.pixels[:1]), dense), "nothing is set any more"
 
 
 def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

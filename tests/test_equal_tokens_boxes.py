@@ -119,6 +119,8 @@ def test_a_detector_learns_from_views_and_resumes(data, tmp_path, monkeypatch):
     maps = maps_of(boxes.pixels_of(Image.open(photos[0].path), (84, 112)))
     probabilities = detector.eval().probabilities(maps)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(1, 6, 8))
+    (gradient,) = torch.autograd.grad(detector.probabilities(maps.requires_grad_())[:, 0].sum(), maps)
+    assert gradient.any(), "learned maps are trained through them"
     found = detector.predict(maps, sample)
     assert found.shape[1] == 6 and len(found) % 2 == 0, "both classes of every box"
     assert (found[:, 4] >= 0).all() and (found[:, 2] <= photos[0].width + 1e-3).all()
