@@ -394,7 +394,9 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
         entry = dict(zip(("method", "scorer", "fill", "image", "budget"), key))
         entry["tokens"] = round(statistics.mean(tokens for tokens, _ in by_scorer), 2)
         entry["mIoU"] = round(statistics.mean(values[0] for _, values in by_scorer), 2)
-        for name, dense_curve in (("kept", kept.get(entry["fill"], kept["repeat"])), ("own", own)):
+        # Learned maps are interpolated where nothing merges.
+        smaller = kept.get({"learned": "interpolate"}.get(entry["fill"], entry["fill"]), kept["repeat"])
+        for name, dense_curve in (("kept", smaller), ("own", own)):
             over = [(values, between(dense_curve, tokens)) for tokens, values in by_scorer]
             entry |= {name: None} | ({"spread": None, "error": None} if name == "kept" else {})
             if all(at is not None for _, at in over):
@@ -408,8 +410,8 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
 
 
 def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
-    """Quality on the test split against tokens, and against time; bars are standard deviations over seeds. Learned maps
-    and what is known only afterwards are left to the table."""
+    """Quality on the test split against tokens and against time; bars are standard deviations over seeds. What is known
+    only afterwards is left to the table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -418,14 +420,15 @@ def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
     tested = [line for line in results if line["split"] == "test"]
     kept_head, images = text(task.kept), [text(size) for size in BASES]
     read = [line for line in tested if line["head"] == kept_head]
-    titles = {"repeat": "", "interpolate": ", interpolated maps"}
+    titles = {"repeat": "", "interpolate": ", interpolated maps", "learned": ", learned maps"}
     curves = {}
     for fill, title in titles.items():
         lines = [line for line in read if (line["method"], line["fill"]) == ("dense", fill)]
         curves |= {f"dense, smaller images{title}": lines} if lines else {}
     smaller = len(curves)
-    for fill, title in titles.items():
+    for fill in ("repeat", task.fills[-1]):
         for image in images:
+            title = titles[fill]
             lines = [line for line in read if (line["scorer"], line["fill"], line["image"]) == ("learned", fill, image)]
             curves |= {f"learned scorer{title}, image of {image}": lines} if lines else {}
     entropy = [line for line in read if (line["scorer"], line["fill"]) == ("entropy", "interpolate")]

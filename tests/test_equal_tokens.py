@@ -144,9 +144,11 @@ def test_gains_are_over_dense_images_of_as_many_tokens():
     line |= dict(method="apt", scorer="learned", image="b", mIoU=43.0)
     apt = [{**line, "budget": t, "tokens": t, "scorer_seed": 0} for t in (150, 300)]
     first, second = equal_tokens.gains(dense + own + apt, "large")
-    finer = [{**part, "fill": "learned", "mIoU": part["mIoU"] + 2} for part in (*dense, *apt[:1])]
-    *_, learned = equal_tokens.gains(dense + own + apt + finer, "large")
-    assert learned["kept"] == 1.0 and learned["mIoU"] == 45.0, "over smaller images whose maps are filled alike"
+    finer = [{**part, "fill": "interpolate", "mIoU": part["mIoU"] + 2} for part in (*dense, *apt[:1])]
+    finer += [{**finer[-1], "fill": "learned", "mIoU": 46.0}]
+    *_, filled, learned = equal_tokens.gains(dense + own + apt + finer, "large")
+    assert filled["kept"] == 1.0 and filled["mIoU"] == 45.0, "over smaller images whose maps are filled alike"
+    assert learned["kept"] == 2.0, "which are interpolated where nothing merges"
     assert first["kept"] == 1.0 and first["own"] == 3.0 and first["spread"] is None and second["kept"] is None
     # Another scorer keeps more tokens of the same budget; its two heads differ.
     apt += [{**line, "budget": 150, "tokens": 175, "scorer_seed": 1, "seed": k, "mIoU": 42.0 + 4 * k} for k in (0, 1)]
