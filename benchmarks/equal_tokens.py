@@ -101,7 +101,7 @@ TASKS = {
         "features, at 1 budget; choosing by true losses of 3 kinds (of the head, of the features' variance, of their "
         "clusters in 8 variants) and by 12 variants of the first; "
         "filling maps in 22 fixed ways, 18 guided by colours or patch embeddings, and by 2 trained layers; finer maps, "
-        "interpolated and by 6 trained layers; "
+        "interpolated and by 6 trained layers; 6 more layers at strong merging; "
         "1 fine-tune of the embedding without labels. On the test split nothing was chosen",
     ),
     "camvid_upernet": Task(

@@ -507,8 +507,12 @@ def all_settings(also: Sequence[str] = ()) -> list[Setting]:
     dense = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
     learned = [
         Setting("apt", size, "learned", tokens(share, size), fill=fill)
-        for size, fill in ((BASE, "interpolate"), (BASE, "learned"), *((size, "interpolate") for size in OTHERS))
-        for share in BUDGETS
+        for size, fill, shares in (
+            (BASE, "interpolate", BUDGETS),
+            (BASE, "learned", BUDGETS[:2]),
+            *((size, "interpolate", BUDGETS) for size in OTHERS),
+        )
+        for share in shares
     ]
     pixel = [Setting("apt", BASE, scorer, tokens(0.6), fill="interpolate") for scorer in ("entropy", "upsample_mse")]
     others = [Setting(method, BASE, None, tokens(0.6)) for method in ("random", "tome")]
