@@ -45,6 +45,7 @@ from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.mm.det import SimpleFeaturePyramid
 
+from .coco import images_in, read_coco
 from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text, train_head
 
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
@@ -79,18 +80,14 @@ class Photo(NamedTuple):
 
 def read_photos(folder: Path, coco: COCO) -> dict[str, list[Photo]]:
     """The photographs of each split that the folder holds; crowds are left out."""
-    files = {path.name: path for path in folder.rglob("*.jpg")}
     number = {category: index for index, category in enumerate(sorted(coco.getCatIds()))}
     photos = []
-    for entry in sorted(coco.dataset["images"], key=lambda entry: entry["id"]):
-        if (path := files.get(entry["file_name"])) is not None:
-            found = [a for a in coco.imgToAnns[entry["id"]] if not a.get("iscrowd")]
-            boxes = torch.tensor([a["bbox"] for a in found]).view(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            classes = torch.tensor([number[a["category_id"]] for a in found], dtype=torch.long)
-            photos.append(Photo(entry["id"], path, entry["width"], entry["height"], boxes, classes))
-    if not photos:
-        raise FileNotFoundError(f"{folder} holds none of the images that the annotations name")
+    for entry, path in images_in(folder, coco):
+        found = [a for a in coco.imgToAnns[entry["id"]] if not a.get("iscrowd")]
+        boxes = torch.tensor([a["bbox"] for a in found]).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = torch.tensor([number[a["category_id"]] for a in found], dtype=torch.long)
+        photos.append(Photo(entry["id"], path, entry["width"], entry["height"], boxes, classes))
     first, second = round(0.7 * len(photos)), round(0.8 * len(photos))
     return {"train": photos[:first], "val": photos[first:second], "test": photos[second:]}
 
@@ -235,8 +232,7 @@ class BoxStudy(Study):
 
     def __init__(self, folder: Path, annotations: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
         super().__init__(weights, work_dir, dtype, BLOCKS)
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(annotations))
+        self.coco = read_coco(annotations)
         self.photos = read_photos(folder, self.coco)
 
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:

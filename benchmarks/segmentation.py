@@ -3,8 +3,6 @@
 Legend: N images, C channels, H x W base cells.
 """
 
-import contextlib
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from apt_backbones.images import read_rgb
+
+from .coco import images_in, read_coco
 
 SPLITS = ("train", "val", "test")
 LABELED = (360, 480)  # height and width of labels
@@ -84,13 +83,9 @@ def things(folder: Path, instances: Path) -> Dataset:
     Raises:
         FileNotFoundError: the folder holds none of the images.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(instances))
-    files = {path.name: path for path in folder.rglob("*.jpg")}
-    ids = {image["file_name"]: image["id"] for image in sorted(coco.dataset["images"], key=lambda image: image["id"])}
-    found = [files[name] for name in ids if name in files]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds none of the images that {instances} names")
+    coco = read_coco(instances)
+    entries = {path: entry for entry, path in images_in(folder, coco)}
+    found = list(entries)
     first, second = round(0.6 * len(found)), round(0.75 * len(found))
     classes, number = ("nothing", *GROUPS, "other"), {}
     for category in coco.dataset["categories"]:
@@ -98,8 +93,8 @@ def things(folder: Path, instances: Path) -> Dataset:
         number[category["id"]] = classes.index(group if group in GROUPS else "other")
 
     def label_of(path: Path) -> np.ndarray:
-        shapes = coco.imgToAnns[ids[path.name]]
-        image = coco.imgs[ids[path.name]]
+        image = entries[path]
+        shapes = coco.imgToAnns[image["id"]]
         labels = np.zeros((image["height"], image["width"]), np.uint8)
         # Small ones lie on large ones, and all on crowds, whose outlines are coarse.
         for shape in sorted(shapes, key=lambda shape: (-shape["iscrowd"], -shape["area"])):
