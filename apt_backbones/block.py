@@ -24,6 +24,7 @@ from .attention import varlen_attention
 from .fused import FusedLinears
 from .layout import PatchLayout, Segments
 from .rotary import apply_rotary
+from .token_adapter import TokenAdapter
 
 _PRE_NORM, _POST_NORM = (Block, EvaBlock), (EvaBlockPostNorm, ResPostBlock)
 _ATTENTION = (Attention, AttentionRope, EvaAttention)
@@ -72,8 +73,20 @@ def check_block(block: nn.Module) -> None:
         raise ValueError("packed attention has no dropout of attention weights; create the model with attn_drop_rate=0")
 
 
+def projections_of(block: nn.Module) -> tuple[nn.Linear, ...]:
+    """What makes queries, keys and values in a block that passed ``check_block``."""
+    fused = getattr(block.attn, "qkv", None)
+    return (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj) if fused is None else (fused,)
+
+
 def run_block(
-    block: nn.Module, x_TD: Tensor, call: Call, segments: Segments, rotation: Tensor | None, fused: FusedBlock
+    block: nn.Module,
+    x_TD: Tensor,
+    call: Call,
+    segments: Segments,
+    rotation: Tensor | None,
+    fused: FusedBlock,
+    adapter: TokenAdapter | None = None,
 ) -> Tensor:
     """The tokens (T, D) after a block that passed ``check_block``.
 
@@ -84,6 +97,7 @@ def run_block(
         segments: which tokens attend to each other in this block.
         rotation: of queries and keys (``rotary.apply_rotary``), or None.
         fused: the block's fused layers.
+        adapter: of merged patches' tokens.
     """
     attn, mlp = block.attn, block.mlp
     before, after = _before_attention, _after_attention
@@ -94,17 +108,23 @@ def run_block(
         rotation = None if rotation is None else torch.view_as_real(rotation)
     qkv = fused.qkv.fuse((attn.q_proj, attn.k_proj, attn.v_proj)) if getattr(attn, "qkv", None) is None else None
     fc1 = fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x)) if isinstance(mlp, SwiGLU) else None
-    q, k, v, gate = before(block, x_TD, rotation, qkv)
+    is_merged = None if adapter is None else call.layout.is_merged_T1
+    q, k, v, gate = before(block, x_TD, rotation, qkv, adapter, is_merged)
     x_TNH = varlen_attention(q, k, v, segments, call.backend)
     del q, k, v  # the MLP takes their memory
     if is_compiled and x_TNH._base is not None:
         x_TNH = x_TNH.clone()  # or else it would be compiled anew for every shape of what this is a view of
     keep = [_keep(drop, call.layout, x_TD.dtype) for drop in (block.drop_path1, block.drop_path2)]
-    return after(block, x_TD, x_TNH, gate, keep, fc1)
+    return after(block, x_TD, x_TNH, gate, keep, fc1, adapter, is_merged)
 
 
 def _before_attention(
-    block: nn.Module, x_TD: Tensor, rotation: Tensor | None, fused: tuple[Tensor, Tensor] | None
+    block: nn.Module,
+    x_TD: Tensor,
+    rotation: Tensor | None,
+    fused: tuple[Tensor, Tensor] | None,
+    adapter: TokenAdapter | None,
+    is_merged: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Rotated queries and keys and values (T, N, H), and the gate of attention's output."""
     attn = block.attn
@@ -114,12 +134,19 @@ def _before_attention(
     half = getattr(attn, "rotate_half", False)
     is_plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
     if fused is not None and is_plain and attn.q_proj.out_features == attn.k_proj.out_features:
-        qkv_3TNH = F.linear(x_TD, *fused).unflatten(-1, (3, attn.num_heads, -1)).transpose(0, 1)
+        qkv = F.linear(x_TD, *fused)
+        if adapter is not None:
+            qkv = qkv + adapter.qkv(x_TD, is_merged)
+        qkv_3TNH = qkv.unflatten(-1, (3, attn.num_heads, -1)).transpose(0, 1)
         v = qkv_3TNH[2]
         q, k = qkv_3TNH[:2] if rotation is None else apply_rotary(qkv_3TNH[:2], rotation, half)
         # The backward pass would keep all three for the sake of the values.
         return q, k, v.contiguous() if v.requires_grad else v, gate
-    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in _projected(attn, x_TD))
+    parts = _projected(attn, x_TD)
+    if adapter is not None:
+        added = adapter.qkv(x_TD, is_merged).split([part.shape[1] for part in parts], 1)
+        parts = [part + extra for part, extra in zip(parts, added)]
+    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in parts)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rotation is not None:
         q, k = (apply_rotary(x, rotation, half) for x in (q, k))
@@ -145,12 +172,17 @@ def _after_attention(
     gate: Tensor | None,
     keep: list[Tensor | None],
     fused: tuple[Tensor, Tensor] | None,
+    adapter: TokenAdapter | None,
+    is_merged: Tensor | None,
 ) -> Tensor:
     """The tokens after a block, given what attention made of them."""
     x_TD = x_TD + _scale(_attended(block, x_TNH, gate), keep[0])
-    if isinstance(block, _PRE_NORM):
-        return x_TD + _scale(_layer_scale(block, 2, _mlp(block.mlp, block.norm2(x_TD), fused)), keep[1])
-    return x_TD + _scale(block.norm2(_mlp(block.mlp, x_TD, fused)), keep[1])
+    is_pre_norm = isinstance(block, _PRE_NORM)
+    input_TD = block.norm2(x_TD) if is_pre_norm else x_TD
+    branch_TD = _mlp(block.mlp, input_TD, fused)
+    branch_TD = _layer_scale(block, 2, branch_TD) if is_pre_norm else block.norm2(branch_TD)
+    x_TD = x_TD + _scale(branch_TD, keep[1])
+    return x_TD if adapter is None else x_TD + adapter.mlp(input_TD, is_merged)
 
 
 def _attended(block: nn.Module, x_TNH: Tensor, gate: Tensor | None) -> Tensor:

@@ -4,11 +4,11 @@ from functools import partial
 
 from torch import nn
 
-NEW_LAYERS = ("conv_down", "zero_mlp", "map_detail")
+NEW_LAYERS = ("conv_down", "zero_mlp", "map_detail", "token_adapters")
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter's or module's dotted name belongs to ConvDown, ZeroMLP or MapDetail."""
+    """Whether a parameter's or module's dotted name belongs to ConvDown, ZeroMLP, MapDetail or TokenAdapter."""
     return any(part in NEW_LAYERS for part in name.split("."))
 
 
@@ -25,7 +25,7 @@ def freeze_host(model: nn.Module) -> nn.Module:
     if not new_layers:
         raise ValueError(
             "nothing to train: the model has none of the new layers; "
-            'give its backbone thresholds and merge="apt" (or map_fill="learned")'
+            'give its backbone thresholds and merge="apt" (or adapter_rank=16, or map_fill="learned")'
         )
     return freeze(model)
 

@@ -250,6 +250,11 @@ class PatchLayout:
         return near_BHWD.permute(0, 3, 1, 2)
 
     @cached_property
+    def is_merged_T1(self) -> Tensor:
+        """Which tokens are those of merged patches."""
+        return (self.side_T > self.patch_size)[:, None]
+
+    @cached_property
     def _factor_B1HW(self) -> Tensor:
         """Side in cells of the patch over each cell; 0 where there is none."""
         factor_T = self.side_T // self.patch_size

@@ -24,7 +24,9 @@ def save_new_layers(model: nn.Module, path: str | os.PathLike, thresholds: Mappi
     """
     tensors = {name: layer.detach().contiguous() for name, layer in _new_layers(model).items()}
     if not tensors:
-        raise ValueError('the model has no new layers; it needs thresholds, and merge="apt" or map_fill="learned"')
+        raise ValueError(
+            'the model has no new layers; it needs thresholds, and merge="apt", adapter_rank=16 or map_fill="learned"'
+        )
     metadata = {"format": "pt", "apt": json.dumps({"thresholds": dict(thresholds or {})})}
     return write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
 

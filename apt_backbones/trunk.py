@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import BACKENDS
-from .block import Call, FusedBlock, check_block, run_block
+from .block import Call, FusedBlock, check_block, projections_of, run_block
 from .embed import AdaptivePatchEmbed
 from .fused import Hooked, is_hooked
 from .layout import PatchLayout, Segments, check_window
@@ -32,6 +32,7 @@ from .selection import (
     patch_sides,
     undo_normalization,
 )
+from .token_adapter import TokenAdapter
 
 MAP_FILLS = ("repeat", "interpolate", "learned")
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -88,7 +89,8 @@ class AdaptiveTrunk(nn.Module):
     ) -> Tensor:
         """The tokens (T, D) after one of ``blocks``, in which the tokens of a segment attend to each other. Override
         it, and ``check_block``, for blocks that are not timm's."""
-        return run_block(self.blocks[index], x_TD, call, segments, rotation, self._fused[index])
+        adapter = self.token_adapters[index] if self.token_adapters and self.thresholds else None
+        return run_block(self.blocks[index], x_TD, call, segments, rotation, self._fused[index], adapter)
 
     # ---- what every backbone has --------------------------------------------------------------------------------
     def set_up(
@@ -102,6 +104,7 @@ class AdaptiveTrunk(nn.Module):
         global_blocks: Sequence[int] = (),
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
+        adapter_rank: int = 0,
         map_fill: str = "repeat",
         map_scale: int = 1,
         out_indices: Sequence[int] | None = None,
@@ -121,6 +124,8 @@ class AdaptiveTrunk(nn.Module):
                 Prefix tokens belong to no window: in windowed blocks those of an image attend to each other only.
             global_blocks: indices of the blocks that attend globally although there are windows.
             pixel_mean, pixel_std: normalization that the images underwent, in 0..255; undone before scoring.
+            adapter_rank: of the low-rank layers that every block gets for the tokens of merged patches
+                (``TokenAdapter``); 0 for none.
             map_fill: what the cells of a merged patch hold in feature maps: "repeat", its token; or "interpolate",
                 values between those around it, with the token as their mean (``PatchLayout.interpolate``); or
                 "learned", to which a new layer per entry of ``out_indices`` adds detail (``MapDetail``).
@@ -148,6 +153,8 @@ class AdaptiveTrunk(nn.Module):
                 f'padding="drop" takes exact zeros for padding, and with pixel_mean {tuple(pixel_mean)} content can be '
                 'zero, too; use padding="coarsest"'
             )
+        if adapter_rank and type(self).run_block is not AdaptiveTrunk.run_block:
+            raise ValueError(f"{type(self).__name__} runs its blocks itself, without adapters; use adapter_rank=0")
         if attention_backend is not None:
             check_choice("attention_backend", attention_backend, BACKENDS)
         check_window(window_size or None, max((self.patch_size, *thresholds)), self.patch_size)
@@ -163,6 +170,8 @@ class AdaptiveTrunk(nn.Module):
         self.out_indices = check_indices("out_indices", out_indices, len(self.blocks))
         # A dense network merges nothing, so it has no new layers: "resizing" has none.
         self.adaptive_embed = AdaptivePatchEmbed(self.embed_dim, merge if thresholds else "resizing")
+        adapted = self.blocks if thresholds and adapter_rank else ()
+        self.token_adapters = nn.ModuleList(TokenAdapter(projections_of(block), adapter_rank) for block in adapted)
         self.map_detail = nn.ModuleDict()
         if thresholds and map_fill == "learned":
             self.map_detail.update({str(index): MapDetail(self.embed_dim) for index in self.out_indices})

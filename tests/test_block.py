@@ -168,7 +168,7 @@ def compiled(model):
 
 
 @pytest.mark.parametrize("padding", ["coarsest", "drop"])
-@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True)])
+@pytest.mark.parametrize("options", [WINDOWS, dict(use_cls_token=True, adapter_rank=2)])
 @pytest.mark.parametrize("freeze", [True, False])
 def test_compiled_blocks_compile_once_for_all_images(padding, options, freeze):
     model = tiny(thresholds=THRESHOLDS, padding=padding, **options)

@@ -42,7 +42,11 @@ def run(vit, paths, work_dir, iterations=40, **options):
     )
 
 
-@pytest.mark.parametrize("layers", [{}, dict(merge="resizing", map_fill="learned")], ids=["embedding", "maps"])
+@pytest.mark.parametrize(
+    "layers",
+    [{}, dict(merge="resizing", adapter_rank=4), dict(merge="resizing", map_fill="learned")],
+    ids=["embedding", "adapters", "maps"],
+)
 def test_the_distance_falls_and_only_new_layers_change(layers, paths, tmp_path):
     vit = network(**layers)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
@@ -88,6 +92,14 @@ def test_layers_of_maps_learn_on_finer_maps_too(paths):
     FeatureMatching(vit, outputs_of(vit))(pixels)["loss"].backward()
     assert vit.map_detail["1"].out.weight.grad.any()
     assert vit.feature_maps(torch.zeros(1, 3, 64, 48))[0].shape[2:] == (32, 24)
+
+
+def test_pooled_features(paths, tmp_path):
+    vit = network(merge="resizing", adapter_rank=4)
+    views = ViewSettings((32, 32))
+    options = dict(iterations=40, rate=1e-2, workers=0)
+    curve = finetune_features(vit, lambda pixels: vit((pixels - 128) / 64), paths, views, tmp_path / "run", **options)
+    assert sum(curve["distance"][-5:]) < 0.9 * sum(curve["distance"][:5])
 
 
 def test_probabilities(paths, tmp_path):
@@ -144,5 +156,11 @@ def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch)
     )
     layers = {name.rsplit(".", 1)[0] for name in load_file(tmp_path / "new.safetensors")}
     assert {"conv_down", "map_detail.5.out", "map_detail.8.out", "map_detail.11.out"} <= layers
+    adapters = ["vit_tiny_patch16_224", *images, *short, "--train", "adapters", "--rank", 2, "--target", "pooled"]
+    with pytest.raises(SystemExit, match="give --batch 2 or more"):
+        run_script(monkeypatch, "tools/finetune_features.py", *adapters)
+    run_script(monkeypatch, "tools/finetune_features.py", *adapters, "--batch", 2)
+    tensors = load_file(tmp_path / "new.safetensors")
+    assert len(tensors) == 12 * 4 and tensors["token_adapters.11.qkv.down.weight"].shape == (2, 192)
     with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
         run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")

@@ -8,10 +8,11 @@ examples:
   python tools/finetune_features.py vit_small_patch14_dinov2 --weights dinov2_s14.safetensors --images photos/ \\
       --resize 518 --scorer scorer.safetensors --keep 0.6 --out new_layers.safetensors
 
-With merging the model learns to say what it says without: the trunk's features, or a segmenter's probabilities. A
-configuration says which new layers it has; for a timm model --train does: ConvDown and ZeroMLP ("embedding"), the
-detail of feature maps within patches ("maps", map_fill="learned"), or both. The file holds the new layers only. An
-interrupted run resumes. Runs without a GPU.
+With merging the model learns to say what it says without: a segmenter's probabilities, the trunk's features, or what
+a classifier reads of them (--target pooled). A configuration says which new layers it has; for a timm model --train
+does: ConvDown and ZeroMLP ("embedding"), low-rank adapters of merged tokens in every block ("adapters"), the detail of
+feature maps within patches ("maps", map_fill="learned"), or several. The file holds the new layers only. An interrupted
+run resumes. Runs without a GPU.
 """
 
 from pathlib import Path
@@ -25,10 +26,10 @@ from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
-from tools.frozen_model import add_model_arguments, frozen_model
+from tools.frozen_model import TARGETS, add_model_arguments, frozen_model
 
 CALIBRATED_ON = 200
-LAYERS = ("embedding", "maps")
+LAYERS = ("embedding", "adapters", "maps")
 
 
 def plot(path: Path, curve: list[float], what: str) -> None:
@@ -51,28 +52,33 @@ def plot(path: Path, curve: list[float], what: str) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    add_model_arguments(parser, "the new layers go")
+    add_model_arguments(parser, "the new layers go", (*TARGETS, "pooled"))
     add = parser.add_argument
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")
     add("--train", nargs="+", choices=LAYERS, help="new layers of a timm model (default: embedding)")
+    add("--rank", type=int, default=16, help="of the adapters (default: 16)")
     add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
-    add("--rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
+    add("--rate", type=float, help="highest learning rate (default: 0.0001 with adapters, else 0.001)")
     add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
     args = parser.parse_args()
-    check_at_least(args, iterations=1, batch=1, resize=1)
+    check_at_least(args, iterations=1, batch=1, resize=1, rank=1)
     from apt_backbones.mm.feature_matching import finetune_features
 
     torch.manual_seed(args.seed)
     if args.train and args.model.endswith(".py"):
-        raise ValueError("a configuration names its new layers itself (merge, map_fill); leave out --train")
+        raise ValueError("a configuration names its new layers itself (merge, adapter_rank, map_fill): no --train")
     train = args.train or ["embedding"]
     layers = dict(merge="apt") if "embedding" in train else {}
+    if "adapters" in train:
+        layers |= dict(adapter_rank=args.rank)
     if "maps" in train:
         layers |= dict(map_fill="learned")
     frozen = frozen_model(args.model, args.weights, args.sizes, args.resize, **layers)
     target, trunk, prepare = frozen.target(args.target), frozen.trunk, frozen.settings.prepare
+    if target == "pooled" and args.batch == 1:
+        raise ValueError("the variance of pooled features is that between images; give --batch 2 or more")
     paths = find_images(args.images)
     trunk.scorer = args.scorer or trunk.scorer
     if args.keep:
@@ -86,7 +92,8 @@ def main() -> None:
     elif not any(trunk.thresholds.values()):
         raise ValueError("the model has no thresholds; give a share of tokens with --keep")
     frozen.model.to(args.device)
-    say = frozen.head if target == "head" else frozen.features
+    rate = args.rate or (1e-4 if trunk.token_adapters else 1e-3)
+    say = {"head": frozen.head, "features": frozen.features, "pooled": frozen.pooled}[target]
 
     def outputs(pixels: Tensor) -> Tensor:
         return say(frozen.normalized(pixels))
@@ -98,11 +105,12 @@ def main() -> None:
         args.scorer,
         trunk.thresholds,
         train,
+        args.rank,
         target,
         views,
         args.iterations,
         args.batch,
-        args.rate,
+        rate,
     ]
     work_dir = args.work_dir or args.out.parent / f".{args.out.stem}_training"
     loss = "probabilities" if target == "head" else "features"
@@ -115,13 +123,13 @@ def main() -> None:
         loss,
         args.iterations,
         args.batch,
-        args.rate,
+        rate,
         prepare=prepare,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_new_layers(frozen.model, args.out)
     if args.plot:
-        plot(args.plot, curve["distance"], "probabilities" if target == "head" else "features")
+        plot(args.plot, curve["distance"], loss)
     tenth = max(1, len(curve["distance"]) // 10)
     first, last = (sum(part) / len(part) for part in (curve["distance"][:tenth], curve["distance"][-tenth:]))
     kept = sum(curve["kept"]) / len(curve["kept"])

@@ -18,19 +18,17 @@ from tools.machine import add_device_argument
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
 TARGETS = ("head", "features")
-
-
 LARGEST_VIEW = 512
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """The flags of a tool that trains ``what`` on a frozen model's outputs."""
+def add_model_arguments(parser: argparse.ArgumentParser, what: str, targets: Sequence[str] = TARGETS) -> None:
+    """The flags of a tool that trains ``what`` on one of a frozen model's outputs."""
     add = parser.add_argument
     add("model", help="configuration of an adaptive model, folder of a LLaVA, or name of a timm ViT")
     add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
     add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
-    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
+    add("--target", choices=targets, help="default: head for segmenters, features for all others")
     add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
     add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
     add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
@@ -54,6 +52,7 @@ class Frozen(NamedTuple):
         settings: its patches, and how large it sees images.
         features: normalized images to feature maps (B, C, H, W).
         head: normalized images to a segmenter's probabilities (B, classes, ...); None where there is no such head.
+        pooled: normalized images to what a classifier reads (B, C); None where nothing is pooled.
     """
 
     model: nn.Module
@@ -61,6 +60,7 @@ class Frozen(NamedTuple):
     settings: PatchSettings
     features: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor] | None
+    pooled: Callable[[Tensor], Tensor] | None = None
 
     def seeing(self, longest: int) -> "Frozen":
         """The same model, which sees images with another longest side in pixels."""
@@ -70,10 +70,12 @@ class Frozen(NamedTuple):
         """What is learned from: "head" for segmenters if nothing is asked for, else "features".
 
         Raises:
-            ValueError: the head of a model that has none.
+            ValueError: the head of a model that has none, or pooled features where nothing is pooled.
         """
         if asked == "head" and self.head is None:
             raise ValueError("the model has no segmentation head; use --target features")
+        if asked == "pooled" and self.pooled is None:
+            raise ValueError("pooled features are those of timm's models; use --target features")
         return asked or ("features" if self.head is None else "head")
 
     def view_size(self, asked: Sequence[int] | None, image: Image.Image) -> tuple[int, int]:
@@ -164,7 +166,8 @@ def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, option
     out_indices = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
     if weights is not None:
         load_timm(vit, read_checkpoint(weights))
-    return _of_vit(vit, sizes, with_longest_side(longest), {"out_indices": out_indices, **options})
+    frozen = _of_vit(vit, sizes, with_longest_side(longest), {"out_indices": out_indices, **options})
+    return frozen._replace(pooled=frozen.trunk)
 
 
 def _of_llava(folder: str, sizes: Sequence[int] | None, options: dict) -> Frozen:

@@ -226,9 +226,13 @@ def adapt(
     for name in _LAYERS:
         layers = getattr(model, name).to(weight.device, weight.dtype)
         old = old_layers[name]
-        if old is not None and old.state_dict().keys() == layers.state_dict().keys():
+        if old is not None and _shapes(old) == _shapes(layers):
             layers.load_state_dict(old.state_dict())
     return model
+
+
+def _shapes(layers: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in layers.state_dict().items()}
 
 
 def timm_weights(trunk: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -262,7 +266,7 @@ _SETTINGS = (
     *("map_fill", "map_scale", "attention_backend", "window_size", "global_blocks", "pixel_mean", "pixel_std"),
     *("last_layout", "out_indices", "_compile_options", "_fused"),
 )
-_LAYERS = ("adaptive_embed", "map_detail")
+_LAYERS = ("adaptive_embed", "token_adapters", "map_detail")
 
 
 def _restore(model: nn.Module, original: type) -> dict[str, nn.Module | None]:

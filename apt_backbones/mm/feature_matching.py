@@ -53,9 +53,10 @@ class FeatureMatching(BaseModel):
 
     Args:
         model: with an adaptive trunk that merges; all but its new layers are frozen.
-        outputs: pixels (B, 3, height, width) in 0..255 to feature maps or probabilities (B, C, ...), by this model.
-        loss: "features" (squared distance over the dense features' variance, channel by channel) or "probabilities"
-            (Kullback-Leibler divergence from the dense ones).
+        outputs: pixels (B, 3, height, width) in 0..255 to features or probabilities (B, C, ...), by this model: maps,
+            or what it says of whole images.
+        loss: "features" (squared distance over the dense features' variance, channel by channel for maps) or
+            "probabilities" (Kullback-Leibler divergence from the dense ones).
 
     Raises:
         ValueError: the model has no new layers, or its trunk merges nothing.
@@ -86,8 +87,11 @@ class FeatureMatching(BaseModel):
         merged = self.outputs(pixels).float()
         layout = self.trunk.last_layout
         if self.loss == "features":
-            variance_C = dense.var((0, 2, 3)).clamp(min=1e-6)
-            distance = ((merged - dense).square().mean((0, 2, 3)) / variance_C).mean()
+            over = [dim for dim in range(dense.ndim) if dim != 1]
+            variance_C = dense.var(over).clamp(min=1e-6)
+            if dense.ndim == 2:  # too few of a batch to tell one channel's
+                variance_C = variance_C.mean()
+            distance = ((merged - dense).square().mean(over) / variance_C).mean()
         else:
             logarithms = [part.clamp(min=1e-8).log() for part in (dense, merged)]
             distance = (dense * (logarithms[0] - logarithms[1])).sum(1).mean()
