@@ -267,7 +267,7 @@ class SegmentationStudy(Study):
             return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
 
         self.forget()
-        return self.trained_detail(settings, self.probabilities, self.data.paths["train"], views, prepare)
+        return self.trained_detail(settings, self.probabilities, self.data.paths["train"], views, prepare=prepare)
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == TRUE and TRUE not in SCORERS:

@@ -5,11 +5,11 @@ examples:
   python -m benchmarks.equal_tokens_classes clothing-dataset-small --scorer scorer.safetensors
   python -m benchmarks.equal_tokens_classes photos/ --weights dinov2_s14.safetensors
 
-The folder holds train, validation and test, and all of their images are classified: heads learn from four fifths of
-them, dense and at 224 pixels, and are tested on the fifth that is left, five times (small test splits tell nothing from
-chance). They read the CLS token, or the mean over the tokens of the image: with merged tokens by their area, as
-``adapt`` has it, or every token once. Thresholds are calibrated on the validation images. What is finished is kept in
-the work directory: the same command resumes.
+The folder holds train, validation and test. Adapters of merged tokens learn, without labels, from 1,200 images of
+train. All others are classified: heads learn from four fifths of all images, dense and at 224 pixels, and are tested on
+the fifth that is left, five times (small test splits tell nothing from chance). They read the CLS token, or the mean
+over the tokens of the image: with merged tokens by their area, as ``adapt`` has it, or every token once. Thresholds are
+calibrated on the validation images. What is finished is kept in the work directory: the same command resumes.
 """
 
 import json
@@ -23,17 +23,18 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tools.cli import run
-from apt_backbones.distill import save_tensors
+from apt_backbones import adapt
+from apt_backbones.distill import ViewSettings, save_tensors
 from apt_backbones.files import write_atomically
 
 from . import tome
-from .study import Setting, Study, about, between, console, study_parser, train_head
+from .study import MERGED, Setting, Study, about, between, console, study_parser, train_head
 
 SPLITS = ("train", "validation", "test")
 BASE = (224, 224)
@@ -42,6 +43,7 @@ SMALLER = ((140, 140), (168, 168), (182, 182))
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 POOLS = ("cls", "mean by area", "mean by token")
 FOLDS, DRAWS = 5, 200
+UNLABELLED, RANK, STEPS, VIEWS_OF_A_STEP, RATE = 1200, 16, 450, 8, 1e-4  # of the adapters' training
 
 
 class ClassStudy(Study):
@@ -58,6 +60,16 @@ class ClassStudy(Study):
         if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: it needs a folder per class in each")
         self.labels = torch.cat([torch.tensor(ImageFolder(folder / split).targets) for split in SPLITS])
+        paths = [Path(path) for path, _ in ImageFolder(folder / SPLITS[0]).samples]
+        unlabelled = sorted(random.Random(0).sample(range(len(paths)), min(UNLABELLED, len(paths) // 2)))
+        self.unlabelled = [paths[number] for number in unlabelled]
+        self.is_tested = torch.ones(len(self.labels), dtype=torch.bool)
+        self.is_tested[unlabelled] = False
+
+    def build(self) -> nn.Module:
+        vit = adapt(super().build(), {MERGED: 0.0}, merge="resizing", adapter_rank=RANK)
+        vit.thresholds = {}
+        return vit
 
     def batches(self, splits: Sequence[str], size: tuple[int, int], batch: int) -> DataLoader:
         """Pixels 0..255 (B, 3, height, width) and classes."""
@@ -71,6 +83,14 @@ class ClassStudy(Study):
 
     def scorer_file(self, seed: int = 0) -> Path:
         return self.scorer
+
+    def adapters_file(self) -> Path:
+        """Learned from the CLS token, with the thresholds of all budgets of the heads' image size."""
+        settings = [setting for setting in all_settings(True) if setting.adapters and setting.image == BASE]
+        prepare = transforms.Resize(BASE[0], transforms.InterpolationMode.BICUBIC)
+        options = dict(iterations=STEPS, batch=VIEWS_OF_A_STEP, rate=RATE, prepare=prepare)
+        views = ViewSettings(BASE, scales=(1.0, 1.4))
+        return self.trained_layers("adapters", settings, self.vit, self.unlabelled, views, **options)
 
     def milliseconds(self, settings: Sequence[Setting]) -> dict[str, float]:
         """See ``times``."""
@@ -135,7 +155,7 @@ def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float
             cross-entropy (2, N).
         values: the same of the setting.
     """
-    entry = {**setting.about, "pool": pool, "tokens": round(tokens, 1)}
+    entry = {**setting.about, "adapters": setting.adapters, "pool": pool, "tokens": round(tokens, 1)}
     index = [torch.arange(values.shape[1])]
     index += [
         torch.tensor(random.Random(draw).choices(range(values.shape[1]), k=values.shape[1])) for draw in range(DRAWS)
@@ -162,7 +182,8 @@ def draw(path: Path, results: list[dict]) -> None:
     curves = {}
     for line in results:
         if line["pool"] == "cls":
-            merging = f"merging, {line['scorer']}, image of {line['image']}"
+            layers = " and adapters" if line["adapters"] else ""
+            merging = f"merging, {line['scorer']}{layers}, image of {line['image']}"
             name = {"apt": merging, "dense": "dense, smaller images", "tome": "ToMe"}.get(line["method"])
             curves.setdefault(name or line["method"], []).append(line)
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
@@ -187,7 +208,8 @@ def all_settings(with_learned: bool) -> list[Setting]:
 
     settings = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
     for size in (BASE, *OTHERS) if with_learned else ():
-        settings += merging(size, "apt", "learned", BUDGETS)
+        learned = merging(size, "apt", "learned", BUDGETS)
+        settings += [*learned, *(setting._replace(adapters=True) for setting in learned)]
     for method, scorer in (("apt", "entropy"), ("apt", "upsample_mse"), ("random", None), ("tome", None)):
         settings += merging(BASE, method, scorer, BUDGETS[1::2])
     return settings
@@ -203,17 +225,19 @@ def main() -> None:
     args = parser.parse_args()
     study = ClassStudy(args.folder, args.scorer, args.weights, args.work_dir, getattr(torch, args.dtype))
     settings = all_settings(args.scorer is not None)
-    tokens = {setting: float(study.features(setting)["tokens"].float().mean()) for setting in settings}
+    tested = study.is_tested
+    tokens = {setting: float(study.features(setting)["tokens"][tested].float().mean()) for setting in settings}
     values = {}
     for key, of_images in study.probabilities(settings).items():
-        right, truth = of_images.argmax(1) == study.labels, of_images.gather(1, study.labels[:, None])[:, 0]
+        labels, of_images = study.labels[tested], of_images[tested]
+        right, truth = of_images.argmax(1) == labels, of_images.gather(1, labels[:, None])[:, 0]
         values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
     results, times = [], study.milliseconds(settings)
     for pool in POOLS:
         curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense")
         entries = [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
         results += [{**entry, "ms": round(times[s.name], 1)} for s, entry in zip(settings, entries)]
-    content = {**about("equal_tokens_classes", args), "images": len(study.labels), "results": results}
+    content = {**about("equal_tokens_classes", args), "images": len(labels), "results": results}
     write_atomically(args.out, json.dumps(content, indent=1) + "\n")
     draw(args.out.with_suffix(".png"), results)
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -55,6 +54,7 @@ class Setting(NamedTuple):
         seed: of the learned scorer's distilling.
         fill: of the maps of "dense" and "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``; or "dense", what the
             network says in the merged cells without merging: the ceiling of all ways to fill these.
+        adapters: whether merged tokens go through trained adapters (``TokenAdapter``).
     """
 
     method: str
@@ -63,18 +63,19 @@ class Setting(NamedTuple):
     budget: int | None = None
     seed: int = 0
     fill: str = "repeat"
+    adapters: bool = False
 
     @property
     def name(self) -> str:
         scorer = self.scorer and Path(self.scorer).stem
         parts = [self.method, *self.image, scorer, self.budget, f"seed{self.seed}" if self.seed else None]
-        parts.append(None if self.fill == "repeat" else self.fill)
+        parts += [None if self.fill == "repeat" else self.fill, "adapters" if self.adapters else None]
         return "_".join(str(part) for part in parts if part is not None)
 
     @property
     def plain(self) -> "Setting":
-        """The same tokens with the network's own maps."""
-        return self._replace(fill="repeat")
+        """The same tokens without new layers, with the network's own maps."""
+        return self._replace(fill="repeat", adapters=False)
 
     @property
     def about(self) -> dict:
@@ -153,22 +154,31 @@ class Study:
         """The new layers of maps that are filled as "learned", trained on the train split."""
         raise NotImplementedError
 
-    def trained_detail(
+    def adapters_file(self) -> Path:
+        """The adapters of merged tokens, trained on the train split."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)  # whoever measures with them may be in it
+    def trained_layers(
         self,
+        name: str,
         settings: Sequence[Setting],
-        probabilities: Callable[[Tensor], Tensor],
+        say: Callable[[Tensor], Tensor],
         paths: Sequence[Path],
         views: ViewSettings,
-        prepare: Callable[[Image.Image], Image.Image] = lambda image: image,
+        fill: str = "repeat",
+        **options,
     ) -> Path:
-        """Train them without labels: maps lead to the same probabilities with merging as without.
+        """Train new layers without labels: with merging the network says what it says without.
 
         Args:
+            name: of the file.
             settings: whose thresholds take turns.
-            probabilities: of maps (B, C, H, W).
-            paths, views, prepare: see ``finetune_features``.
+            say: normalized images to what is to stay, by the network.
+            paths, views, options: see ``finetune_features``.
+            fill: of the maps, meanwhile.
         """
-        file = self.work_dir / "detail.safetensors"
+        file = self.work_dir / f"{name}.safetensors"
         if not file.is_file():
             from apt_backbones.mm.feature_matching import finetune_features
 
@@ -178,15 +188,33 @@ class Study:
                 if self.vit.thresholds:  # not the dense ones
                     self.vit.thresholds = chance.choice(thresholds)
                 with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                    maps = self.vit.feature_maps(self.normalized(pixels), self.blocks, norm=True)
-                return probabilities(torch.cat(maps, 1))
+                    return say(self.normalized(pixels))
 
-            self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), "learned"
-            work_dir, kind, rate = self.work_dir / "detail", "probabilities", 2e-3
-            finetune_features(self.vit, outputs, paths, views, work_dir, kind, DETAIL_STEPS, rate=rate, prepare=prepare)
+            self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), fill
+            finetune_features(self.vit, outputs, paths, views, self.work_dir / name, **options)
             save_new_layers(self.vit, file)
             self.vit.thresholds, self.vit.map_fill = {}, "repeat"
         return file
+
+    def trained_detail(
+        self,
+        settings: Sequence[Setting],
+        probabilities: Callable[[Tensor], Tensor],
+        paths: Sequence[Path],
+        views: ViewSettings,
+        **options,
+    ) -> Path:
+        """``trained_layers`` of maps, with which these lead to the same probabilities.
+
+        Args:
+            probabilities: of maps (B, C, H, W).
+        """
+
+        def say(images: Tensor) -> Tensor:
+            return probabilities(torch.cat(self.vit.feature_maps(images, self.blocks, norm=True), 1).float())
+
+        options |= dict(loss="probabilities", iterations=DETAIL_STEPS, rate=2e-3)
+        return self.trained_layers("detail", settings, say, paths, views, "learned", **options)
 
     def kept(self, name: str, function: Callable[[], object]):
         """The result of a step, from an earlier run if there is one."""
@@ -258,7 +286,12 @@ class Study:
         """The network with a setting's patches and maps."""
         if setting.fill == "learned":
             load_new_layers(self.vit, self.detail_file())  # first: training them sets other patches
-        before = {name: getattr(self.vit, name) for name in ("thresholds", "scorer", "merge", "map_fill")}
+        if setting.adapters:
+            load_new_layers(self.vit, self.adapters_file())
+        names = ("thresholds", "scorer", "merge", "map_fill", "token_adapters")
+        before = {name: getattr(self.vit, name) for name in names}
+        if not setting.adapters:
+            self.vit.token_adapters = nn.ModuleList()
         if setting.method in ("apt", "random"):
             self.vit.thresholds, self.vit.scorer = {MERGED: self.threshold(setting)}, self.scorer_of(setting)
             self.vit.merge = "random" if setting.method == "random" else "resizing"

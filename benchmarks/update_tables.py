@@ -160,10 +160,11 @@ def classes() -> str:
     over dense images of as many tokens."""
     measured, rows = json.loads((ROOT / "docs/results/equal_tokens_clothing.json").read_text()), {}
     for line in measured["results"]:
-        rows.setdefault((line["method"], line["scorer"], line["image"], line["budget"]), []).append(line)
+        key = (line["method"], line["scorer"], line["adapters"], line["image"], line["budget"])
+        rows.setdefault(key, []).append(line)
     lines = []
-    for (method, scorer, image, _), pools in rows.items():
-        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
+    for (method, scorer, adapters, image, _), pools in rows.items():
+        label = {"apt": f"merging, {scorer}{' + adapters' * adapters}", "tome": "ToMe"}.get(method, method)
         columns = [(line, "accuracy", 1) for line in pools] + [(pools[0], "cross_entropy", 3)]
         cells = [
             _with_gain(line[key], line[f"{key}_gain"], line[f"{key}_error"], digits) for line, key, digits in columns

@@ -35,7 +35,8 @@ def small(monkeypatch):
     network = timm.create_model("vit_small_patch14_dinov2", **options).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
     sizes = dict(BASE=(56, 56), OTHERS=((84, 84),), SMALLER=((28, 28), (42, 42)))
-    for name, value in dict(**sizes, BUDGETS=(0.5, 0.625), FOLDS=2, DRAWS=4).items():
+    training = dict(UNLABELLED=1, RANK=2, STEPS=2, VIEWS_OF_A_STEP=2)
+    for name, value in dict(**sizes, **training, BUDGETS=(0.5, 0.625), FOLDS=2, DRAWS=4).items():
         monkeypatch.setattr(classes, name, value)
 
 
@@ -46,14 +47,17 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["equal_tokens_classes", *map(str, arguments)])
     classes.main()
     found = json.loads(out.read_text())
-    assert found["images"] == 12 and {line["pool"] for line in found["results"]} == set(classes.POOLS)
-    by_name = {(line["method"], line["scorer"], line["image"], line["pool"]): line for line in found["results"]}
+    assert found["images"] == 11, "from one of twelve the adapters learned"
+    assert {line["pool"] for line in found["results"]} == set(classes.POOLS)
+    plain = [line for line in found["results"] if not line["adapters"]]
+    assert len(found["results"]) - len(plain) == 2 * 2 * len(classes.POOLS)
+    by_name = {(line["method"], line["scorer"], line["image"], line["pool"]): line for line in plain}
     assert by_name["dense", None, "42x42", "cls"]["tokens"] == 9
     entropy = by_name["apt", "entropy", "56x56", "cls"]
     assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
     assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
     features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()}
-    assert len(features) == 4 + 2 * 2 + 4, "dense sizes, learned, two other scorers, random and ToMe"
+    assert len(features) == 4 + 2 * 2 * 2 + 4, "dense sizes, learned, with adapters, two other scorers, random and ToMe"
     classes.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()} == features
     assert json.loads(out.read_text()) == found
