@@ -11,7 +11,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .patches import check_modes, resolve_thresholds
 
-TOWER_OPTIONS = ("thresholds", "scorer", "merge")
+TOWER_OPTIONS = ("thresholds", "scorer", "merge", "adapter_rank")
 OPTIONS = (*TOWER_OPTIONS, "image_tokens", "do_pad", "patch_size")
 
 
@@ -32,6 +32,7 @@ class AptClipVisionConfig(CLIPVisionConfig):
             None gives the paper's (5.75 bits at twice the base patch), an empty dictionary the dense model.
         scorer (`str`): "entropy", "laplacian", "upsample_mse", or the .safetensors file of a learned scorer.
         merge (`str`): "apt", or the paper's baselines "resizing" (no new layers) and "random" (cells are dropped).
+        adapter_rank (`int`): of low-rank layers for merged patches' tokens in every encoder layer; 0 for none.
         image_mean, image_std: the normalization that images underwent, in 0..1. Read only if the model is called
             without the processor's patch layout.
     """
@@ -41,6 +42,7 @@ class AptClipVisionConfig(CLIPVisionConfig):
     thresholds: dict | None = None
     scorer: str = "entropy"
     merge: str = "apt"
+    adapter_rank: int = 0
     image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
 
@@ -54,7 +56,8 @@ class AptClipVisionConfig(CLIPVisionConfig):
 class LlavaAptConfig(LlavaConfig):
     r"""
     LLaVA's configuration whose `vision_config` is an [`AptClipVisionConfig`]; that of a stock LLaVA-1.5 checkpoint is
-    turned into one. `from_pretrained` takes `thresholds`, `scorer` and `merge` by name.
+    turned into one. `from_pretrained` takes `thresholds`, `scorer`, `merge` and `adapter_rank` by
+    name.
 
     Args:
         image_tokens (`str`): "merged" hands one token per patch to the language model; "repeated" repeats every

@@ -23,6 +23,13 @@ class LlavaAptModel(LlavaModel):
     config: LlavaAptConfig
     vision_tower: AptClipVisionModel
 
+    def __init__(self, config: LlavaAptConfig):
+        super().__init__(config)
+        # Those of layers that the language model gets nothing from would have no gradient.
+        layers, count = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
+        used = max(layer % count for layer in ([layers] if isinstance(layers, int) else layers))
+        self.vision_tower.token_adapters = self.vision_tower.token_adapters[:used]
+
     @merge_with_config_defaults
     @can_return_tuple
     @select_hidden_states("vision_feature_layer")
@@ -144,8 +151,8 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, from safetensors files only. ``thresholds``, ``scorer``, ``merge`` and ``image_tokens``
-        override the configuration's.
+        """As in transformers, from safetensors files only. ``thresholds``, ``scorer``, ``merge``, ``adapter_rank``
+        and ``image_tokens`` override the configuration's.
 
         Raises:
             ValueError: the checkpoint is damaged, lacks tensors other than all of APT's new layers, or is no

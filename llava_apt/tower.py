@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from apt_backbones import AdaptivePatchEmbed, PatchLayout, varlen_attention
 from apt_backbones.layout import Segments
 from apt_backbones.selection import layout_of, undo_normalization
+from apt_backbones.token_adapter import TokenAdapter
 
 from .configuration import AptClipVisionConfig
 from .patches import patch_sides as selected_sides
@@ -25,15 +27,45 @@ PACKED_ATTENTION = "apt_packed"
 
 
 def packed_attention(
-    module: nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, attention_mask, *, segments: Segments, **kwargs
+    module: nn.Module,
+    q_1NTH: Tensor,
+    k_1NTH: Tensor,
+    v_1NTH: Tensor,
+    attention_mask,
+    *,
+    segments: Segments,
+    added_qkv: Tensor | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over ``varlen_attention``: every token sees the tokens of its own image."""
-    q_TNH, k_TNH, v_TNH = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
-    out_TNH = varlen_attention(q_TNH, k_TNH, v_TNH, segments)
-    return out_TNH[None], None
+    """transformers' attention interface over ``varlen_attention``: every token sees the tokens of its own image.
+    ``added_qkv`` (1, T, 3 * D) is added to queries, keys and values."""
+    qkv = [x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH)]
+    if added_qkv is not None:
+        qkv = [x_TNH + added.view_as(x_TNH) for x_TNH, added in zip(qkv, added_qkv.chunk(3, -1))]
+    return varlen_attention(*qkv, segments)[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+class AptClipEncoderLayer(CLIPEncoderLayer):
+    """``CLIPEncoderLayer``; what changes: if it is given an adapter, that of its own index is applied."""
+
+    def __init__(self, config: AptClipVisionConfig, index: int):
+        super().__init__(config)
+        self.index = index
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask, adapters: nn.ModuleList, is_merged_T1: Tensor, **kwargs
+    ) -> Tensor:
+        if self.index >= len(adapters):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        adapter, x_1TD = adapters[self.index], self.layer_norm1(hidden_states)
+        added_qkv = adapter.qkv(x_1TD, is_merged_T1)
+        attended_1TD, _ = self.self_attn(x_1TD, attention_mask, added_qkv=added_qkv, **kwargs)
+        hidden_states = hidden_states + attended_1TD
+        x_1TD = self.layer_norm2(hidden_states)
+        return hidden_states + self.mlp(x_1TD) + adapter.mlp(x_1TD, is_merged_T1)
 
 
 @dataclass
@@ -49,7 +81,8 @@ class PackedVisionOutput(BaseModelOutputWithPooling):
 
 class AptClipVisionModel(CLIPVisionModel):
     """``CLIPVisionModel``; what changes: the patch embedding is adaptive, and all images of a batch are one packed
-    sequence in raster order. The encoder layers are CLIP's, untouched, under their names."""
+    sequence in raster order. The encoder layers are CLIP's, untouched, under their names, with adapters for merged
+    patches' tokens if the configuration says so."""
 
     config: AptClipVisionConfig
     _no_split_modules = ["AptClipVisionModel"]  # the layout stays on one device
@@ -60,6 +93,11 @@ class AptClipVisionModel(CLIPVisionModel):
         super().__init__(config)
         # A dense tower merges nothing, so it has no new layers: "resizing" has none.
         self.adaptive_embed = AdaptivePatchEmbed(config.hidden_size, config.merge if config.thresholds else "resizing")
+        layers = [AptClipEncoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        self.encoder.layers = nn.ModuleList(layers)
+        adapted = layers if config.thresholds and config.adapter_rank else ()
+        projections = ((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in adapted)
+        self.token_adapters = nn.ModuleList(TokenAdapter(of_layer, config.adapter_rank) for of_layer in projections)
         self.post_init()
 
     def get_correct_attn_implementation(self, *args, **kwargs) -> str:
@@ -71,16 +109,21 @@ class AptClipVisionModel(CLIPVisionModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers would fill both new layers with its normal distribution. CLIP's own __init__ comes here, too.
+        # transformers would fill new layers with its normal distribution. CLIP's own __init__ comes here, too.
         new_layers = dict(self.adaptive_embed.named_children()) if hasattr(self, "adaptive_embed") else {}
-        if module is new_layers.get("zero_mlp") and self.adaptive_embed.merge == "apt":
-            initialization.zeros_(module.weight)
-            initialization.zeros_(module.bias)
-        elif module in new_layers.values() and not isinstance(module, nn.Identity):
-            initialization.kaiming_uniform_(module.weight, a=5**0.5)  # torch's own
-            initialization.zeros_(module.bias)
-        else:
+        low_rank = [part for adapter in getattr(self, "token_adapters", ()) for part in (adapter.qkv, adapter.mlp)]
+        zeros = [part.up for part in low_rank]
+        if "zero_mlp" in new_layers and self.adaptive_embed.merge == "apt":
+            zeros.append(new_layers["zero_mlp"])
+        if not any(module is layer for layer in (*new_layers.values(), *zeros, *(part.down for part in low_rank))):
             super()._init_weights(module)
+        elif not isinstance(module, nn.Identity):
+            if any(module is layer for layer in zeros):
+                initialization.zeros_(module.weight)
+            else:
+                initialization.kaiming_uniform_(module.weight, a=5**0.5)  # torch's own
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -107,7 +150,8 @@ class AptClipVisionModel(CLIPVisionModel):
         class_embedding = self.embeddings.class_embedding + self.embeddings.position_embedding.weight[0]
         x_TD = torch.where(layout.is_prefix_T[:, None], class_embedding, x_TD.to(class_embedding.dtype))
         x_1TD = self.pre_layrnorm(x_TD[None])
-        x_1TD = self.encoder(inputs_embeds=x_1TD, segments=layout.images, **kwargs).last_hidden_state
+        kwargs |= dict(segments=layout.images, adapters=self.token_adapters, is_merged_T1=layout.is_merged_T1)
+        x_1TD = self.encoder(inputs_embeds=x_1TD, **kwargs).last_hidden_state
         class_BD = self.post_layernorm(layout.prefix(x_1TD[0])[:, 0])
         return PackedVisionOutput(last_hidden_state=x_1TD, pooler_output=class_BD, layout=layout)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from apt_backbones import adapt
 from apt_backbones.learned import load_scorer
+from apt_backbones.new_layers import save_new_layers
 from llava_apt import LlavaAptForConditionalGeneration, load_new_layers
 from llava_apt.timm_tower import timm_tower
 from tests.llava_tiny import CELLS, PATCH, SIDE, photo
@@ -26,14 +27,23 @@ def images(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("adapter_rank", [0, 3])
 @pytest.mark.parametrize("thresholds", [{}, {2 * PATCH: 2.0}])
-def test_it_says_what_the_language_model_gets(checkpoint, thresholds):
+def test_it_says_what_the_language_model_gets(checkpoint, thresholds, adapter_rank, tmp_path):
     pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     pixels[..., : SIDE // 2] = 0
-    llava = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, thresholds=thresholds).eval()
+    options = dict(thresholds=thresholds, merge="resizing", adapter_rank=adapter_rank)
+    llava = LlavaAptForConditionalGeneration.from_pretrained(checkpoint, **options).eval()
+    of_timm = adapt(timm_tower(checkpoint), **options)
+    if adapters := of_timm.token_adapters if adapter_rank and thresholds else None:
+        assert not any(adapter.mlp.up.weight.any() for adapter in llava.model.vision_tower.token_adapters)
+        for parameter in adapters.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.1)
+        save_new_layers(of_timm, tmp_path / "adapters.safetensors")
+        load_new_layers(llava, tmp_path / "adapters.safetensors")
     tower = llava.model.vision_tower(pixels, output_hidden_states=True)
     expected = tower.layout.to_sequence(tower.hidden_states[llava.config.vision_feature_layer][0])
-    ours = adapt(timm_tower(checkpoint), thresholds).forward_features(pixels)
+    ours = of_timm.forward_features(pixels)
     assert ours.shape == (2, 1 + CELLS, 32)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
