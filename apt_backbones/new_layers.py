@@ -49,6 +49,18 @@ def read_new_layers(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[in
         raise ValueError(f"{path} is damaged or no file of new layers ({error}); save_new_layers writes one") from error
 
 
+def options_of(path: str | os.PathLike) -> dict:
+    """``merge`` and ``adapter_rank`` with which a trunk or tower has a file's layers.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_new_layers``.
+    """
+    tensors, _ = read_new_layers(path)
+    first = tensors.get("token_adapters.0.qkv.down.weight")
+    merge = "apt" if any(name.startswith("conv_down") for name in tensors) else "resizing"
+    return {"merge": merge, "adapter_rank": 0 if first is None else len(first)}
+
+
 def load_new_layers(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Fill the new layers of a model (in place) with those of a file. Returns the model.
 

@@ -6,21 +6,24 @@ examples:
   python -m benchmarks.equal_tokens_classes photos/ --weights dinov2_s14.safetensors
 
 The folder holds train, validation and test. Adapters of merged tokens learn, without labels, from 1,200 images of
-train. All others are classified: heads learn from four fifths of all images, dense and at 224 pixels, and are tested on
-the fifth that is left, five times (small test splits tell nothing from chance). They read the CLS token, or the mean
-over the tokens of the image: with merged tokens by their area, as ``adapt`` has it, or every token once. Thresholds are
-calibrated on the validation images. What is finished is kept in the work directory: the same command resumes.
+train, and so does LoRA in the dense network, to say of smaller images what it says of larger ones. All others are
+classified: heads learn from four fifths of all images, dense and at 224 pixels, and are tested on the fifth that is
+left, five times (small test splits tell nothing from chance). They read the CLS token, or the mean over the tokens of
+the image: with merged tokens by their area, as ``adapt`` has it, or every token once. Thresholds are calibrated on the
+validation images. What is finished is kept in the work directory: the same command resumes.
 """
 
 import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ from tools.cli import run
 from apt_backbones import adapt
 from apt_backbones.distill import ViewSettings, save_tensors
 from apt_backbones.files import write_atomically
+from apt_backbones.mm.feature_matching import RandomViews
 
 from . import tome
 from .study import MERGED, Setting, Study, about, between, console, study_parser, train_head
@@ -65,6 +69,8 @@ class ClassStudy(Study):
         self.unlabelled = [paths[number] for number in unlabelled]
         self.is_tested = torch.ones(len(self.labels), dtype=torch.bool)
         self.is_tested[unlabelled] = False
+        self.prepare = transforms.Resize(BASE[0], transforms.InterpolationMode.BICUBIC)  # of training views
+        self.views_of_training = ViewSettings(BASE, scales=(1.0, 1.4))
 
     def build(self) -> nn.Module:
         vit = adapt(super().build(), {MERGED: 0.0}, merge="resizing", adapter_rank=RANK)
@@ -87,15 +93,50 @@ class ClassStudy(Study):
     def adapters_file(self) -> Path:
         """Learned from the CLS token, with the thresholds of all budgets of the heads' image size."""
         settings = [setting for setting in all_settings(True) if setting.adapters and setting.image == BASE]
-        prepare = transforms.Resize(BASE[0], transforms.InterpolationMode.BICUBIC)
-        options = dict(iterations=STEPS, batch=VIEWS_OF_A_STEP, rate=RATE, prepare=prepare)
-        views = ViewSettings(BASE, scales=(1.0, 1.4))
-        return self.trained_layers("adapters", settings, self.vit, self.unlabelled, views, **options)
+        options = dict(iterations=STEPS, batch=VIEWS_OF_A_STEP, rate=RATE, prepare=self.prepare)
+        return self.trained_layers("adapters", settings, self.vit, self.unlabelled, self.views_of_training, **options)
 
     def milliseconds(self, settings: Sequence[Setting]) -> dict[str, float]:
         """See ``times``."""
         read = cache(lambda number, size: next(islice(self.images("test", size), number, None)))
         return self.times(settings, read)
+
+    @cached_property
+    @torch.inference_mode(False)  # whoever measures with it may be in it
+    def with_lora(self) -> nn.Module:
+        """The network for smaller images, LoRA merged: it learned, as the adapters did, to give of an image of one of
+        the smaller sizes the CLS token that it gives of ``BASE``."""
+        kinds = ["qkv", "proj", "fc1", "fc2"]
+        options = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=kinds, exclude_modules=r"patch_embed\.proj")
+        model, file = get_peft_model(self.original(), options), self.work_dir / "lora.safetensors"
+        if not file.is_file():
+            self.train_lora(model)
+            save_tensors(file, get_peft_model_state_dict(model))
+        set_peft_model_state_dict(model, load_file(file))
+        return model.merge_and_unload().eval().requires_grad_(False)
+
+    def train_lora(self, model: PeftModel) -> None:
+        data = RandomViews(self.unlabelled, self.views_of_training, STEPS * VIEWS_OF_A_STEP, self.prepare)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+        chance = random.Random(0)
+        for pixels in track(DataLoader(data, VIEWS_OF_A_STEP, num_workers=1), "LoRA", console=console):
+            images = self.normalized(pixels.float())
+            smaller = F.interpolate(images, chance.choice(SMALLER), mode="bicubic", antialias=True)
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                with torch.no_grad(), model.disable_adapter():
+                    dense = model(images).float()
+                found = model(smaller).float()
+            loss = (found - dense).square().mean() / dense.var(0).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+
+    def original(self) -> nn.Module:
+        """timm's own network."""
+        return adapt(self.build(), None)
 
     @torch.inference_mode()
     def features(self, setting: Setting) -> dict[str, Tensor]:
@@ -121,6 +162,10 @@ class ClassStudy(Study):
             of_cells = x_BND.gather(1, token_of_cell[..., None].expand(-1, -1, x_BND.shape[2]))
             tokens = (sum(part[2] for part in before) + count) / len(self.vit.blocks)
             return x_BND[:, 0], of_cells.mean(1), x_BND[:, 1:].mean(1), torch.full((len(images),), tokens)
+        if setting.method == "dense" and setting.adapters:
+            x_BND = self.with_lora.forward_features(images).float()
+            mean = x_BND[:, 1:].mean(1)
+            return x_BND[:, 0], mean, mean, torch.full((len(images),), setting.cells)
         *_, (_, x_TD) = self.vit.run(images)
         layout, x_TD = self.vit.last_layout, self.vit.final_norm(x_TD.float())
         by_token = torch.stack([x.mean(0) for x in layout.split(x_TD)])
@@ -166,7 +211,7 @@ def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float
         for drawn in index:
             at = between([(of_size, float(found[row, drawn].mean())) for of_size, found in curve], tokens)
             gains.append(None if at is None else unit * (float(values[row, drawn].mean()) - at))
-        known = setting.method != "dense" and gains[0] is not None
+        known = (setting.method != "dense" or setting.adapters) and gains[0] is not None
         entry[f"{name}_gain"] = round(gains[0], 3) if known else None
         entry[f"{name}_error"] = round(statistics.stdev(gains[1:]), 3) if known else None
     return entry
@@ -184,14 +229,15 @@ def draw(path: Path, results: list[dict]) -> None:
         if line["pool"] == "cls":
             layers = " and adapters" if line["adapters"] else ""
             merging = f"merging, {line['scorer']}{layers}, image of {line['image']}"
-            name = {"apt": merging, "dense": "dense, smaller images", "tome": "ToMe"}.get(line["method"])
+            dense = "smaller images, LoRA" if line["adapters"] else "dense, smaller images"
+            name = {"apt": merging, "dense": dense, "tome": "ToMe"}.get(line["method"])
             curves.setdefault(name or line["method"], []).append(line)
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
         for name, lines in curves.items():
             lines = sorted(lines, key=lambda line: line[key])
             values, errors = zip(*((line["accuracy"], line["accuracy_error"] or 0) for line in lines))
-            style = {"linestyle": "--", "color": "black"} if "dense" in name else {}
+            style = {"linestyle": "--", "color": "black"} if name.startswith("dense") else {}
             panel.errorbar([line[key] for line in lines], values, errors, label=name, marker="o", capsize=2, **style)
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
@@ -207,9 +253,11 @@ def all_settings(with_learned: bool) -> list[Setting]:
         return [Setting(method, size, scorer, round(share * cells)) for share in shares]
 
     settings = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
+    settings += [Setting("dense", size, adapters=True) for size in SMALLER]
     for size in (BASE, *OTHERS) if with_learned else ():
         learned = merging(size, "apt", "learned", BUDGETS)
-        settings += [*learned, *(setting._replace(adapters=True) for setting in learned)]
+        settings += learned if size == BASE else []
+        settings += [setting._replace(adapters=True) for setting in learned]
     for method, scorer in (("apt", "entropy"), ("apt", "upsample_mse"), ("random", None), ("tome", None)):
         settings += merging(BASE, method, scorer, BUDGETS[1::2])
     return settings
@@ -234,7 +282,7 @@ def main() -> None:
         values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
     results, times = [], study.milliseconds(settings)
     for pool in POOLS:
-        curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense")
+        curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense" and not s.adapters)
         entries = [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
         results += [{**entry, "ms": round(times[s.name], 1)} for s, entry in zip(settings, entries)]
     content = {**about("equal_tokens_classes", args), "images": len(labels), "results": results}

@@ -171,10 +171,10 @@ def variants_of(args: argparse.Namespace) -> dict[str, dict]:
     }
     if args.learned:
         scorer, thresholds = args.learned
-        learned = dict(pretrained=str(args.dense), merge="resizing", scorer=scorer, thresholds=thresholds)
-        variants["resizing, learned scorer"] = learned
+        learned = dict(pretrained=str(args.dense), scorer=scorer, thresholds=thresholds)
+        variants["resizing, learned scorer"] = dict(merge="resizing", **learned)
         if args.learned_layers:
-            tuned = {**learned, "merge": "apt", "new_layers": str(args.learned_layers)}
+            tuned = dict(new_layers=str(args.learned_layers), **learned)
             variants["APT, learned scorer, tuned without labels"] = tuned
     return variants
 

@@ -20,7 +20,7 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
 from .configuration import AptClipVisionConfig, LlavaAptConfig  # noqa: E402
 from .image_processing import LlavaAptImageProcessor  # noqa: E402
 from .modeling import LlavaAptForConditionalGeneration, LlavaAptModel  # noqa: E402
-from .new_layers import load_new_layers, save_new_layers  # noqa: E402
+from .new_layers import load_new_layers, options_of, save_new_layers  # noqa: E402
 from .processing import LlavaAptProcessor  # noqa: E402
 from .register import register  # noqa: E402
 from .tower import AptClipVisionModel  # noqa: E402
@@ -36,5 +36,6 @@ __all__ = [
     "LlavaAptModel",
     "LlavaAptProcessor",
     "load_new_layers",
+    "options_of",
     "save_new_layers",
 ]

@@ -18,7 +18,7 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from . import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers
+from . import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers, options_of
 from .prompt import question_prompt
 
 MANIFEST = ModelManifest(
@@ -34,7 +34,7 @@ class LlavaAptSimple(lmms):
     Args:
         pretrained: stock LLaVA-1.5 or adapted checkpoint, folder or hub name.
         thresholds: such as ``28=5.75`` or ``28=5.75;56=5``; ``off`` for the dense model. As saved if not given.
-        merge, scorer, adapter_rank, image_tokens: as in ``LlavaAptConfig``. As saved if not given.
+        merge, scorer, image_tokens: as in ``LlavaAptConfig``. As saved if not given.
         new_layers: file or folder that ``save_new_layers`` wrote, for a stock checkpoint.
         pad: LLaVA's square padding instead of the checkpoint's crop. As saved if not given.
         batch_size, device, dtype, device_map, attn_implementation: as usual.
@@ -48,7 +48,6 @@ class LlavaAptSimple(lmms):
         thresholds: str | None = None,
         merge: str | None = None,
         scorer: str | None = None,
-        adapter_rank: int | None = None,
         image_tokens: str | None = None,
         new_layers: str | None = None,
         pad: bool | None = None,
@@ -59,9 +58,10 @@ class LlavaAptSimple(lmms):
         attn_implementation: str | None = None,
     ):
         super().__init__()
-        options = dict(merge=merge, scorer=scorer, adapter_rank=adapter_rank, image_tokens=image_tokens)
-        options["thresholds"] = parse_thresholds(thresholds)
+        options = dict(thresholds=parse_thresholds(thresholds), merge=merge, scorer=scorer, image_tokens=image_tokens)
         options = {name: value for name, value in options.items() if value is not None}
+        if new_layers:
+            options = {**options_of(new_layers), **options}
         crop = {} if pad is None else {"do_pad": bool(pad)}
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes

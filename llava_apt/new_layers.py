@@ -26,6 +26,11 @@ def save_new_layers(model: nn.Module, path: str | os.PathLike) -> Path:
     return new_layers.save_new_layers(model, _file(path), model.config.vision_config.thresholds)
 
 
+def options_of(path: str | os.PathLike) -> dict:
+    """``merge`` and ``adapter_rank`` with which ``from_pretrained`` gives a model a file's layers."""
+    return new_layers.options_of(_file(path))
+
+
 def load_new_layers(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Fill the new layers of a model (in place) with those of a file. Returns the model.
 

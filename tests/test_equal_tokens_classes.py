@@ -50,14 +50,15 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     assert found["images"] == 11, "from one of twelve the adapters learned"
     assert {line["pool"] for line in found["results"]} == set(classes.POOLS)
     plain = [line for line in found["results"] if not line["adapters"]]
-    assert len(found["results"]) - len(plain) == 2 * 2 * len(classes.POOLS)
+    assert len(found["results"]) - len(plain) == (2 * 2 + 2) * len(classes.POOLS), "of two base sizes, and LoRA"
     by_name = {(line["method"], line["scorer"], line["image"], line["pool"]): line for line in plain}
     assert by_name["dense", None, "42x42", "cls"]["tokens"] == 9
     entropy = by_name["apt", "entropy", "56x56", "cls"]
     assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
     assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
     features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()}
-    assert len(features) == 4 + 2 * 2 * 2 + 4, "dense sizes, learned, with adapters, two other scorers, random and ToMe"
+    expected = 4 + 2 + 2 + 2 * 2 + 4  # dense, LoRA; learned, adapters; entropy, upsample_mse, random, ToMe
+    assert len(features) == expected
     classes.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()} == features
     assert json.loads(out.read_text()) == found
