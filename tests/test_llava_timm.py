@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from apt_backbones import adapt
+from apt_backbones import adapt, freeze_host
 from apt_backbones.learned import load_scorer
 from apt_backbones.new_layers import save_new_layers
 from llava_apt import LlavaAptForConditionalGeneration, load_new_layers
@@ -46,6 +46,18 @@ def test_it_says_what_the_language_model_gets(checkpoint, thresholds, adapter_ra
     ours = of_timm.forward_features(pixels)
     assert ours.shape == (2, 1 + CELLS, 32)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_adapter_trains(checkpoint):
+    """Layers whose output the language model does not get have none: distributed training would wait for them."""
+    options = dict(thresholds={2 * PATCH: 2.0}, adapter_rank=2)
+    llava = freeze_host(LlavaAptForConditionalGeneration.from_pretrained(checkpoint, **options))
+    pixels = torch.zeros(1, 3, SIDE, SIDE)
+    llava.model.get_image_features(pixels).pooler_output[0].square().sum().backward()
+    trained = {name: parameter for name, parameter in llava.named_parameters() if parameter.requires_grad}
+    assert sum("token_adapters" in name for name in trained) == 4 * (llava.config.vision_config.num_hidden_layers - 1)
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert llava.model.vision_tower.token_adapters[-1].qkv.up.weight.grad.any()
 
 
 def test_a_scorer_and_new_layers_come_without_labels(checkpoint, images, tmp_path, monkeypatch):
