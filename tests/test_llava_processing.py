@@ -190,7 +190,7 @@ def test_wrong_options():
 def test_misspelt_options_are_refused(checkpoint):
     loaded = LlavaAptProcessor.from_pretrained(checkpoint, padding_side="left", revision="main", merge="resizing")
     assert loaded.tokenizer.padding_side == "left" and loaded.image_processor.merge == "resizing"
-    message = r"unknown option '{}'; did you mean '{}'\? The options are thresholds, scorer, merge, image_tokens"
+    message = r"unknown option '{}'; did you mean '{}'\? The options are thresholds, scorer, merge, adapter_rank"
     for name, meant in (("treshold", "thresholds"), ("merged", "merge"), ("dopad", "do_pad"), ("scores", "scorer")):
         for cls in (LlavaAptProcessor, LlavaAptForConditionalGeneration):
             with pytest.raises(ValueError, match=message.format(name, meant)):

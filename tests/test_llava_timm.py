@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from apt_backbones import adapt, freeze_host
 from apt_backbones.learned import load_scorer
 from apt_backbones.new_layers import save_new_layers
-from llava_apt import LlavaAptForConditionalGeneration, load_new_layers
+from llava_apt import LlavaAptForConditionalGeneration, load_new_layers, options_of
 from llava_apt.timm_tower import timm_tower
 from tests.llava_tiny import CELLS, PATCH, SIDE, photo
 from tests.scripts import run_script
@@ -40,6 +40,7 @@ def test_it_says_what_the_language_model_gets(checkpoint, thresholds, adapter_ra
         for parameter in adapters.parameters():
             torch.nn.init.normal_(parameter, 0, 0.1)
         save_new_layers(of_timm, tmp_path / "adapters.safetensors")
+        assert options_of(tmp_path / "adapters.safetensors") == {"merge": "resizing", "adapter_rank": 3}
         load_new_layers(llava, tmp_path / "adapters.safetensors")
     tower = llava.model.vision_tower(pixels, output_hidden_states=True)
     expected = tower.layout.to_sequence(tower.hidden_states[llava.config.vision_feature_layer][0])
