@@ -99,14 +99,15 @@ def run_block(
         fused: the block's fused layers.
         adapter: of merged patches' tokens.
     """
-    attn, mlp = block.attn, block.mlp
+    mlp = block.mlp
     before, after = _before_attention, _after_attention
     is_compiled = call.compile_options is not None
     if is_compiled:
         options = tuple(call.compile_options.items())
         before, after = _compiled(before, options), _compiled(after, options)
         rotation = None if rotation is None else torch.view_as_real(rotation)
-    qkv = fused.qkv.fuse((attn.q_proj, attn.k_proj, attn.v_proj)) if getattr(attn, "qkv", None) is None else None
+    projections = projections_of(block)
+    qkv = fused.qkv.fuse(projections) if len(projections) > 1 else None
     fc1 = fused.fc1.fuse((mlp.fc1_g, mlp.fc1_x)) if isinstance(mlp, SwiGLU) else None
     is_merged = None if adapter is None else call.layout.is_merged_T1
     q, k, v, gate = before(block, x_TD, rotation, qkv, adapter, is_merged)

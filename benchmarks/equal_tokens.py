@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.cli import run
-from apt_backbones import adapt
 from apt_backbones.calibrate import score_maps_of
 from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
 from apt_backbones.files import write_atomically
@@ -283,7 +282,7 @@ class SegmentationStudy(Study):
         def measure() -> dict[str, float]:
             torch.set_num_threads(1)
             pixels = next(self.images("test", BASES[0])).float()
-            network, spent = self.forward_of(Setting("dense", BASES[0]), adapt(self.build(), None)), {}
+            network, spent = self.forward_of(Setting("dense", BASES[0]), self.original()), {}
             scorers = {"learned": str(self.scorer_file()), "entropy": "entropy"}
             for _ in range(21):
                 for name, scorer in scorers.items():
@@ -311,7 +310,7 @@ class SegmentationStudy(Study):
             images, labels = self.data.images(split, plain.image), self.labels[split]
             stored, tokens = self.dense(split, plain.image) if plain.method == "dense" else None, 0.0
             if any(setting.fill == "learned" for setting in settings):
-                self.detail_file()  # now: there is no training in inference mode
+                self.detail_file()  # now: training them sets other patches
             torch.manual_seed(0)
             with self.as_set(plain):
                 for start in track(range(0, len(images), 4), f"{split} {plain.name}", console=console):

@@ -63,8 +63,9 @@ class ClassStudy(Study):
         self.folder, self.scorer = folder, scorer
         if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: it needs a folder per class in each")
-        self.labels = torch.cat([torch.tensor(ImageFolder(folder / split).targets) for split in SPLITS])
-        paths = [Path(path) for path, _ in ImageFolder(folder / SPLITS[0]).samples]
+        found = [ImageFolder(folder / split) for split in SPLITS]
+        self.labels = torch.cat([torch.tensor(of_split.targets) for of_split in found])
+        paths = [Path(path) for path, _ in found[0].samples]
         unlabelled = sorted(random.Random(0).sample(range(len(paths)), min(UNLABELLED, len(paths) // 2)))
         self.unlabelled = [paths[number] for number in unlabelled]
         self.is_tested = torch.ones(len(self.labels), dtype=torch.bool)
@@ -134,10 +135,6 @@ class ClassStudy(Study):
             optimizer.step()
             scheduler.step()
 
-    def original(self) -> nn.Module:
-        """timm's own network."""
-        return adapt(self.build(), None)
-
     @torch.inference_mode()
     def features(self, setting: Setting) -> dict[str, Tensor]:
         """Per pooling the features of all images (N, C), and ``tokens``, the number of their patch tokens (N,)."""
@@ -162,7 +159,7 @@ class ClassStudy(Study):
             of_cells = x_BND.gather(1, token_of_cell[..., None].expand(-1, -1, x_BND.shape[2]))
             tokens = (sum(part[2] for part in before) + count) / len(self.vit.blocks)
             return x_BND[:, 0], of_cells.mean(1), x_BND[:, 1:].mean(1), torch.full((len(images),), tokens)
-        if setting.method == "dense" and setting.adapters:
+        if setting.method == "lora":
             x_BND = self.with_lora.forward_features(images).float()
             mean = x_BND[:, 1:].mean(1)
             return x_BND[:, 0], mean, mean, torch.full((len(images),), setting.cells)
@@ -211,7 +208,7 @@ def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float
         for drawn in index:
             at = between([(of_size, float(found[row, drawn].mean())) for of_size, found in curve], tokens)
             gains.append(None if at is None else unit * (float(values[row, drawn].mean()) - at))
-        known = (setting.method != "dense" or setting.adapters) and gains[0] is not None
+        known = setting.method != "dense" and gains[0] is not None
         entry[f"{name}_gain"] = round(gains[0], 3) if known else None
         entry[f"{name}_error"] = round(statistics.stdev(gains[1:]), 3) if known else None
     return entry
@@ -229,8 +226,12 @@ def draw(path: Path, results: list[dict]) -> None:
         if line["pool"] == "cls":
             layers = " and adapters" if line["adapters"] else ""
             merging = f"merging, {line['scorer']}{layers}, image of {line['image']}"
-            dense = "smaller images, LoRA" if line["adapters"] else "dense, smaller images"
-            name = {"apt": merging, "dense": dense, "tome": "ToMe"}.get(line["method"])
+            name = {
+                "apt": merging,
+                "dense": "dense, smaller images",
+                "lora": "smaller images, LoRA",
+                "tome": "ToMe",
+            }.get(line["method"])
             curves.setdefault(name or line["method"], []).append(line)
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
@@ -253,7 +254,7 @@ def all_settings(with_learned: bool) -> list[Setting]:
         return [Setting(method, size, scorer, round(share * cells)) for share in shares]
 
     settings = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
-    settings += [Setting("dense", size, adapters=True) for size in SMALLER]
+    settings += [Setting("lora", size) for size in SMALLER]
     for size in (BASE, *OTHERS) if with_learned else ():
         learned = merging(size, "apt", "learned", BUDGETS)
         settings += learned if size == BASE else []
@@ -282,7 +283,7 @@ def main() -> None:
         values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
     results, times = [], study.milliseconds(settings)
     for pool in POOLS:
-        curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense" and not s.adapters)
+        curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense")
         entries = [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
         results += [{**entry, "ms": round(times[s.name], 1)} for s, entry in zip(settings, entries)]
     content = {**about("equal_tokens_classes", args), "images": len(labels), "results": results}

@@ -47,14 +47,14 @@ class Setting(NamedTuple):
     """One point of a chart.
 
     Attributes:
-        method: "dense", "apt", "random" or "tome".
+        method: "dense", "apt", "random", "tome", or "lora", dense with a tuned network.
         image: height and width.
         scorer: of "apt".
         budget: tokens that it is calibrated to.
         seed: of the learned scorer's distilling.
         fill: of the maps of "dense" and "apt", see ``map_fill`` of ``AdaptiveTrunk.set_up``; or "dense", what the
             network says in the merged cells without merging: the ceiling of all ways to fill these.
-        adapters: whether merged tokens go through trained adapters (``TokenAdapter``).
+        adapters: of "apt", whether merged tokens go through trained adapters (``TokenAdapter``).
     """
 
     method: str
@@ -121,6 +121,10 @@ class Study:
         vit = adapt(pretrained(self.weights), {MERGED: 0.0}, merge="resizing", **layers)
         vit.thresholds, vit.map_fill = {}, "repeat"
         return vit
+
+    def original(self) -> nn.Module:
+        """timm's own network."""
+        return pretrained(self.weights)
 
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
         """The images of a split as the network sees them at a size: uint8 (1, 3, height, width)."""
@@ -318,7 +322,7 @@ class Study:
 
         def measure() -> dict[str, float]:
             torch.set_num_threads(1)
-            original = adapt(self.build(), None)
+            original = self.original()
             spent: dict[str, list[float]] = {setting.name: [] for setting in settings}
             for number in track(range(count), "timing", console=console):
                 of_image: dict[str, list[float]] = {setting.name: [] for setting in settings}
@@ -336,10 +340,10 @@ class Study:
         return self.kept(name, measure)
 
     def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
-        """What is timed: for dense images timm's own network, unless their maps are filled."""
+        """What is timed: for dense images, LoRA being merged, timm's own network, unless maps are filled."""
         if setting.method == "tome":
             return lambda pixels: self.tome_maps(setting, pixels, torch.float32)
-        if setting.method == "dense" and setting.fill == "repeat":
+        if setting.method in ("dense", "lora") and setting.fill == "repeat":
             return lambda pixels: original.forward_intermediates(
                 self.normalized(pixels), list(self.blocks), norm=True, intermediates_only=True
             )

@@ -164,8 +164,8 @@ def classes() -> str:
         rows.setdefault(key, []).append(line)
     lines = []
     for (method, scorer, adapters, image, _), pools in rows.items():
-        layers = adapters * (" + adapters" if method == "apt" else " + LoRA")
-        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method) + layers
+        merging = f"merging, {scorer}{' + adapters' * adapters}"
+        label = {"apt": merging, "lora": "dense + LoRA", "tome": "ToMe"}.get(method, method)
         columns = [(line, "accuracy", 1) for line in pools] + [(pools[0], "cross_entropy", 3)]
         cells = [
             _with_gain(line[key], line[f"{key}_gain"], line[f"{key}_error"], digits) for line, key, digits in columns

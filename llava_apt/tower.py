@@ -115,10 +115,10 @@ class AptClipVisionModel(CLIPVisionModel):
         zeros = [part.up for part in low_rank]
         if "zero_mlp" in new_layers and self.adaptive_embed.merge == "apt":
             zeros.append(new_layers["zero_mlp"])
-        if not any(module is layer for layer in (*new_layers.values(), *zeros, *(part.down for part in low_rank))):
+        if module not in (*new_layers.values(), *zeros, *(part.down for part in low_rank)):
             super()._init_weights(module)
         elif not isinstance(module, nn.Identity):
-            if any(module is layer for layer in zeros):
+            if module in zeros:
                 initialization.zeros_(module.weight)
             else:
                 initialization.kaiming_uniform_(module.weight, a=5**0.5)  # torch's own

@@ -50,7 +50,8 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     assert found["images"] == 11, "from one of twelve the adapters learned"
     assert {line["pool"] for line in found["results"]} == set(classes.POOLS)
     plain = [line for line in found["results"] if not line["adapters"]]
-    assert len(found["results"]) - len(plain) == (2 * 2 + 2) * len(classes.POOLS), "of two base sizes, and LoRA"
+    assert len(found["results"]) - len(plain) == 2 * 2 * len(classes.POOLS), "of two base sizes"
+    assert sum(line["method"] == "lora" for line in plain) == 2 * len(classes.POOLS)
     by_name = {(line["method"], line["scorer"], line["image"], line["pool"]): line for line in plain}
     assert by_name["dense", None, "42x42", "cls"]["tokens"] == 9
     entropy = by_name["apt", "entropy", "56x56", "cls"]
@@ -62,6 +63,15 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     classes.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()} == features
     assert json.loads(out.read_text()) == found
+
+
+def test_without_a_learned_scorer_there_are_no_adapters(data, small, tmp_path, monkeypatch):
+    arguments = [data, "--work-dir", tmp_path / "work", "--out", tmp_path / "found.json", "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", ["equal_tokens_classes", *map(str, arguments)])
+    classes.main()
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert {line["method"] for line in found} == {"dense", "lora", "apt", "random", "tome"}
+    assert not any(line["adapters"] or line["scorer"] == "learned" for line in found)
 
 
 @torch.inference_mode()
