@@ -55,7 +55,10 @@ def options_of(path: str | os.PathLike) -> dict:
     Raises:
         FileNotFoundError, ValueError: as ``read_new_layers``.
     """
-    tensors, _ = read_new_layers(path)
+    return _options_of(read_new_layers(path)[0])
+
+
+def _options_of(tensors: Mapping[str, Tensor]) -> dict:
     first = tensors.get("token_adapters.0.qkv.down.weight")
     merge = "apt" if any(name.startswith("conv_down") for name in tensors) else "resizing"
     return {"merge": merge, "adapter_rank": 0 if first is None else len(first)}
@@ -70,7 +73,13 @@ def load_new_layers(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     tensors, _ = read_new_layers(path)
     layers = _new_layers(model)
     if tensors.keys() != layers.keys():
-        raise ValueError(f"{path} holds {sorted(tensors)}, but the model's new layers are {sorted(layers)}")
+        different = sorted(tensors.keys() ^ layers.keys())
+        options = ", ".join(f"{name}={value!r}" for name, value in _options_of(tensors).items())
+        maps = "with" if any(name.startswith("map_detail") for name in tensors) else "without"
+        raise ValueError(
+            f"{path} and the model differ in {len(different)} tensors of new layers, such as {different[0]}; those of "
+            f"the file are a model's with {options}, {maps} learned maps"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != layers[name].shape:
             shapes = tuple(tensor.shape), tuple(layers[name].shape)

@@ -153,6 +153,8 @@ class AdaptiveTrunk(nn.Module):
                 f'padding="drop" takes exact zeros for padding, and with pixel_mean {tuple(pixel_mean)} content can be '
                 'zero, too; use padding="coarsest"'
             )
+        if adapter_rank < 0:
+            raise ValueError(f"adapter_rank={adapter_rank} must be at least 0, which is for no adapters")
         if adapter_rank and type(self).run_block is not AdaptiveTrunk.run_block:
             raise ValueError(f"{type(self).__name__} runs its blocks itself, without adapters; use adapter_rank=0")
         if attention_backend is not None:

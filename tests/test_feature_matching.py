@@ -162,5 +162,8 @@ def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch)
     run_script(monkeypatch, "tools/finetune_features.py", *adapters, "--batch", 2)
     tensors = load_file(tmp_path / "new.safetensors")
     assert len(tensors) == 12 * 4 and tensors["token_adapters.11.qkv.down.weight"].shape == (2, 192)
+    with pytest.raises(SystemExit, match="pooled features do not depend on how maps are filled"):
+        maps = ["--train", "maps", "--target", "pooled"]
+        run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *images, *short, *maps)
     with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
         run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")

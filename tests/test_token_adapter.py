@@ -8,6 +8,7 @@ from torch import nn
 
 from apt_backbones import adapt
 from apt_backbones.block import projections_of
+from apt_backbones.new_layers import load_new_layers, save_new_layers
 from tests.test_adding_a_backbone import AdaptiveTorchvision, vit  # noqa: F401, a fixture
 from tests.test_timm import FAMILIES, build, pictures, thresholds_of
 
@@ -95,6 +96,16 @@ def test_settings_change_and_trained_adapters_stay():
     assert not model.token_adapters[1].mlp.up.weight.any(), "of another rank: new ones"
     adapt(model, thresholds_of(model, 2.0))
     assert not model.token_adapters
+
+
+def test_a_file_says_what_it_is_for(tmp_path):
+    model, file = build("vit_tiny_patch16_224"), tmp_path / "adapters.safetensors"
+    save_new_layers(adapt(model, thresholds_of(model, 1.0), merge="resizing", adapter_rank=3), file)
+    adapt(model, thresholds_of(model, 1.0), merge="resizing")
+    with pytest.raises(ValueError, match="merge='resizing', adapter_rank=3, without learned maps"):
+        load_new_layers(model, file)
+    with pytest.raises(ValueError, match="adapter_rank=-1 must be at least 0"):
+        adapt(model, thresholds_of(model, 1.0), adapter_rank=-1)
 
 
 def test_a_network_that_runs_its_own_blocks_has_none(vit):  # noqa: F811

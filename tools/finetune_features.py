@@ -70,6 +70,8 @@ def main() -> None:
     if args.train and args.model.endswith(".py"):
         raise ValueError("a configuration names its new layers itself (merge, adapter_rank, map_fill): no --train")
     train = args.train or ["embedding"]
+    if args.target == "pooled" and train == ["maps"]:
+        raise ValueError("pooled features do not depend on how maps are filled; train adapters or the embedding")
     layers = dict(merge="apt") if "embedding" in train else {}
     if "adapters" in train:
         layers |= dict(adapter_rank=args.rank)
