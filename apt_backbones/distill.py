@@ -1,9 +1,8 @@
 """Distilling a ``LearnedScorer`` from what a frozen network makes of unlabelled images.
 
-What a patch loses by merging is how much the network's output differs within it (``merging_losses``): the cells of a
-merged patch all get one output. A small network learns to predict that from the pixels.
+A small network learns to predict from the pixels what every patch loses by merging (``merging_losses.py``).
 
-Legend: N, B images, C channels of the output, H x W base cells.
+Legend: N, B images.
 """
 
 import math
@@ -23,8 +22,8 @@ from .checkpoint import read_file
 from .files import write_atomically
 from .images import read_rgb
 from .learned import LearnedScorer, ScorerTail, fold, folded_tensors, in_fixed_point
+from .merging_losses import Losses
 
-OUTPUTS = ("probabilities", "features")
 FLOOR = 0.01  # of the mean loss: below it differences are noise
 RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 0.1, 1e-2
 WIDTH = 48  # of a scorer
@@ -77,27 +76,6 @@ class Epoch(NamedTuple):
     avoided: float
 
 
-def merging_losses(maps_BCHW: Tensor, factors: Sequence[int], outputs: str = "probabilities") -> list[Tensor]:
-    """What is lost if all cells of a patch get the mean output: float32 (B, H // factor, W // factor) per factor.
-
-    Args:
-        maps_BCHW: output on the base cells.
-        factors: side of the patches in cells.
-        outputs: "probabilities" (channels add up to 1; the Jensen-Shannon divergence of the cells, in nats) or
-            "features" (squared distance to the mean).
-    """
-    if outputs not in OUTPUTS:
-        raise ValueError(f"unknown outputs {outputs!r}; choose one of {', '.join(OUTPUTS)}")
-    maps_BCHW, losses = maps_BCHW.float(), []
-    # The mean of the cells' own term less the term of their mean.
-    term = (lambda x: torch.special.xlogy(x, x).sum(1)) if outputs == "probabilities" else lambda x: x.square().sum(1)
-    term_BHW = term(maps_BCHW)
-    for factor in factors:
-        mean, mean_term = _patch_mean(maps_BCHW, factor), _patch_mean(term_BHW[:, None], factor)[:, 0]
-        losses.append((mean_term - term(mean)).clamp(min=0))
-    return losses
-
-
 def cut_view(image: Image.Image, settings: ViewSettings, chance: random.Random) -> Tensor:
     """A random view of an image, uint8 (3, *settings.size)."""
     zoom = math.exp(chance.uniform(*map(math.log, settings.scales)))
@@ -111,7 +89,7 @@ def cut_view(image: Image.Image, settings: ViewSettings, chance: random.Random) 
 
 def make_views(
     paths: Sequence[Path],
-    outputs: Callable[[Tensor], Tensor],
+    losses: Losses,
     sizes: Sequence[int],
     settings: ViewSettings,
     folder: Path,
@@ -123,15 +101,14 @@ def make_views(
 
     Args:
         paths: the files.
-        outputs: float images (B, 3, height, width) in 0..255 to probabilities (B, C, ...) of any resolution.
-        sizes: patch sides in pixels, each twice the one before; the base patch is half the first.
+        losses: what merging loses: ``cell_losses`` or ``image_losses``.
+        sizes: patch sides in pixels, the same as of ``losses``.
         settings: how they are cut. Their size should hold whole largest patches.
         folder: what is finished is kept here and not made again.
         prepare: an image as its file has it -> as large as the model sees it.
-        batch: views that go through ``outputs`` at a time.
+        batch: views that go through ``losses`` at a time.
         report: wraps what is gone through, for a progress bar.
     """
-    grid = [side // (sizes[0] // 2) for side in settings.size]
     jobs = [(path, copy) for copy in range(settings.copies) for path in paths]
     parts = []
     for start in report(range(0, len(jobs), _SHARD)):
@@ -141,53 +118,14 @@ def make_views(
                 cut_view(prepare(read_rgb(path)), settings, random.Random(f"{settings.seed} {path.name} {copy}"))
                 for path, copy in jobs[start : start + _SHARD]
             ]
-            losses = []
-            for pixels in torch.stack(views).split(batch):
-                with torch.no_grad():
-                    cells = F.adaptive_avg_pool2d(outputs(pixels.float()).float(), grid)
-                losses.append(merging_losses(cells, [size // (sizes[0] // 2) for size in sizes]))
-            merged = {str(size): torch.cat(part).cpu() for size, part in zip(sizes, zip(*losses))}
+            found = zip(*(losses(pixels.float()) for pixels in torch.stack(views).split(batch)))
+            merged = {str(size): torch.cat(part).cpu() for size, part in zip(sizes, found)}
             save_tensors(file, {"pixels": torch.stack(views), **merged})
         parts.append(load_file(file))
     return Views(
         torch.cat([part["pixels"] for part in parts]),
         {size: torch.cat([part[str(size)] for part in parts]) for size in sizes},
     )
-
-
-class Prototypes:
-    """Probabilities of a network without a classifier: which of some clusters of its features a cell belongs to.
-
-    Args:
-        center, spread: mean and standard deviation of the features' channels (C,).
-        prototypes: clusters' means of standardized features (K, C).
-        temperature: of the softmax over negative squared distances.
-    """
-
-    def __init__(self, center: Tensor, spread: Tensor, prototypes: Tensor, temperature: float):
-        self.center, self.spread = center[:, None, None], spread[:, None, None]
-        self.prototypes, self.temperature = prototypes, temperature
-
-    @classmethod
-    def fit(cls, maps: Sequence[Tensor], count: int = 64, seed: int = 0) -> "Prototypes":
-        """k-means of the cells of feature maps (B, C, H, W)."""
-        cells = torch.cat([part.float().permute(0, 2, 3, 1).flatten(0, 2) for part in maps])
-        center, spread = cells.mean(0), cells.std(0).clamp(min=1e-6)
-        cells = (cells - center) / spread
-        order = torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed)).to(cells.device)
-        prototypes = cells[order[:count]]
-        for _ in range(15):
-            nearest = _nearness(cells, prototypes).argmax(1)
-            sums = torch.zeros_like(prototypes).index_add_(0, nearest, cells)
-            members = nearest.bincount(minlength=len(prototypes))[:, None]
-            prototypes = torch.where(members > 0, sums / members.clamp(min=1), prototypes)
-        best = _nearness(cells, prototypes).topk(2).values
-        return cls(center, spread, prototypes, float((best[:, 0] - best[:, 1]).mean()) / 2)
-
-    def __call__(self, maps_BCHW: Tensor) -> Tensor:
-        """Probabilities (B, K, H, W)."""
-        cells = ((maps_BCHW.float() - self.center) / self.spread).permute(0, 2, 3, 1)
-        return (_nearness(cells, self.prototypes) / self.temperature).softmax(3).permute(0, 3, 1, 2)
 
 
 def train_scorer(
@@ -389,12 +327,3 @@ def _measure(
     half = len(true) // 2
     chosen, best = true[log.argsort()[:half]].mean(), true.sort().values[:half].mean()
     return total / count, correlation, float((true.mean() - chosen) / (true.mean() - best))
-
-
-def _nearness(cells: Tensor, prototypes: Tensor) -> Tensor:
-    """Negative squared distances (..., K), up to what all prototypes share."""
-    return 2 * cells @ prototypes.T - prototypes.square().sum(1)
-
-
-def _patch_mean(maps_BCHW: Tensor, factor: int) -> Tensor:
-    return F.avg_pool2d(maps_BCHW, factor)

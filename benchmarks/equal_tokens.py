@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from tools.cli import run
 from apt_backbones.calibrate import score_maps_of
-from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
+from apt_backbones.distill import Views, ViewSettings, make_views, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.layout import PatchLayout
+from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.scores import SCORERS
 
 from .segmentation import Dataset, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
@@ -240,7 +241,8 @@ class SegmentationStudy(Study):
         if split == "train":
             parts = ViewSettings(BASES[0], scales=self.data.zooms, copies=PART_COPIES)
             paths, folder = self.data.paths[split], self.work_dir / "parts"
-            found.append(make_views(paths, self.outputs, (MERGED,), parts, folder, self.data.prepare))
+            losses = cell_losses(self.outputs, (MERGED,))
+            found.append(make_views(paths, losses, (MERGED,), parts, folder, self.data.prepare))
         return found
 
     def outputs(self, pixels: Tensor) -> Tensor:

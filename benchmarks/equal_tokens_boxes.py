@@ -40,9 +40,10 @@ from torch import Tensor, nn
 
 from tools.cli import run
 from apt_backbones.checkpoint import read_file
-from apt_backbones.distill import Views, ViewSettings, make_views, merging_losses, save_tensors
+from apt_backbones.distill import Views, ViewSettings, make_views, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
+from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.mm.det import SimpleFeaturePyramid
 
 from .coco import images_in, read_coco
@@ -270,9 +271,9 @@ class BoxStudy(Study):
             def outputs(pixels: Tensor) -> Tensor:
                 return detector.probabilities(self.maps(pixels))
 
-            paths = [photo.path for photo in self.photos[split]]
+            paths, losses = [photo.path for photo in self.photos[split]], cell_losses(outputs, (MERGED,))
             report = partial(track, description="parts of photographs", console=console)
-            found.append(make_views(paths, outputs, (MERGED,), PARTS, self.work_dir / "parts", report=report))
+            found.append(make_views(paths, losses, (MERGED,), PARTS, self.work_dir / "parts", report=report))
         return found
 
     def losses(self, split: str, size: tuple[int, int]) -> list[Tensor]:

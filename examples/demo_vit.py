@@ -31,9 +31,9 @@ from torch import Tensor
 from tools.cli import parser_of
 from apt_backbones import adapt
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
-from apt_backbones.distill import Prototypes
 from apt_backbones.files import write_atomically
 from apt_backbones.images import find_images, read_rgb, to_tensor
+from apt_backbones.merging_losses import Prototypes
 from apt_backbones.trunk import AdaptiveTrunk
 from benchmarks.images import photographs
 from examples.demo_page import data_uri, render, share_histogram

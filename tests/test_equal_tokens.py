@@ -232,7 +232,8 @@ def test_scorers_learn_from_linear_heads_whatever_head_is_measured(tmp_path, mon
     assert torch.equal(of_upernet.outputs(whole.pixels[:1]), dense), "nothing is set any more"
 
 
-def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("target", ["features", "pooled"])
+def test_distill_scorer_goes_on_where_it_stopped(target, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timm.models.vision_transformer, "_create_vision_transformer", _small(timm))
     chance = np.random.default_rng(0)
     for number in range(10):
@@ -241,11 +242,12 @@ def test_distill_scorer_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
     out = tmp_path / "out" / "scorer.safetensors"
     arguments = f"vit_tiny_patch16_224 --weights {tmp_path}/vit.safetensors --images {tmp_path}/images --out {out}"
-    arguments += f" --epochs 2 --copies 1 --prototypes 4 --view 32 48 --plot {tmp_path}/curve.png --device cpu"
+    arguments += f" --target {target} --epochs 2 --copies 1 --prototypes 4 --view 32 48 --plot {tmp_path}/curve.png"
+    arguments += " --device cpu"
     monkeypatch.setattr(sys, "argv", ["distill_scorer.py", *arguments.split()])
     runpy.run_path(str(TOOLS / "distill_scorer.py"), run_name="__main__")
     scorer = load_scorer(out)
-    assert scorer.sizes == (16,) and scorer.origin["target"] == "features" and scorer.origin["images"] == 9
+    assert scorer.sizes == (16,) and scorer.origin["target"] == target and scorer.origin["images"] == 9
     assert "correlation" in json.dumps(scorer.origin) and "of the avoidable loss" in capsys.readouterr().out
     first = load_file(out)
     runpy.run_path(str(TOOLS / "distill_scorer.py"), run_name="__main__")

@@ -12,8 +12,9 @@ from torch import nn
 
 from apt_backbones import adapt, score_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
-from apt_backbones.distill import Prototypes, Views, ViewSettings, cut_view, make_views, merging_losses, train_scorer
+from apt_backbones.distill import Views, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.learned import ScorerTail, in_fixed_point, load_scorer
+from apt_backbones.merging_losses import cell_losses, merging_losses
 
 from .scorers import random_scorer
 
@@ -246,34 +247,12 @@ def test_views_are_cut_alike_and_kept(tmp_path):
         return F.avg_pool2d(pixels, 2).softmax(1)  # finer than the base cells
 
     paths = sorted(tmp_path.glob("*.png"))
-    views = make_views(paths, outputs, SIZES, settings, tmp_path / "views")
+    views = make_views(paths, cell_losses(outputs, SIZES), SIZES, settings, tmp_path / "views")
     assert views.pixels.shape == (6, 3, 48, 64) and views.pixels.dtype == torch.uint8
     assert views.losses[8].shape == (6, 6, 8) and views.losses[16].shape == (6, 3, 4)
     count = len(calls)
-    again = make_views(paths, outputs, SIZES, settings, tmp_path / "views")
+    again = make_views(paths, cell_losses(outputs, SIZES), SIZES, settings, tmp_path / "views")
     assert len(calls) == count and torch.equal(again.pixels, views.pixels)
-
-
-def test_losses_are_divergences():
-    same = torch.full((1, 4, 2, 2), 0.25)
-    apart = torch.eye(4).view(1, 4, 2, 2)
-    assert float(merging_losses(same, (2,))[0]) == pytest.approx(0, abs=1e-6)
-    assert float(merging_losses(apart, (2,))[0]) == pytest.approx(torch.tensor(4.0).log().item())
-    features = torch.randn(2, 5, 4, 4)
-    blocks = features.unflatten(2, (2, 2)).unflatten(4, (2, 2))
-    variance = (blocks - blocks.mean((3, 5), keepdim=True)).square().sum(1).mean((2, 4))
-    torch.testing.assert_close(merging_losses(features, (2,), "features")[0], variance)
-    with pytest.raises(ValueError, match="unknown outputs"):
-        merging_losses(features, (2,), "labels")
-
-
-def test_prototypes_tell_clusters_apart():
-    centers = torch.randn(3, 6) * 5
-    kinds = torch.randint(3, (4, 8, 8))
-    maps = (centers[kinds] + 0.1 * torch.randn(4, 8, 8, 6)).permute(0, 3, 1, 2)
-    probabilities = Prototypes.fit([maps], 3)(maps)
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(4, 8, 8))
-    assert {len(probabilities.argmax(1)[kinds == kind].unique()) for kind in range(3)} == {1}
 
 
 def test_llava_s_configuration_and_processor_name_the_file(tmp_path):

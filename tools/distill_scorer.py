@@ -6,17 +6,19 @@ examples:
       --resize 518 --out scorer.safetensors
   python tools/distill_scorer.py seg_configs/eva02_tiny_apt_photoshapes.py --images data/photoshapes/images/training \\
       --weights seg_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors --out scorer.safetensors
+  python tools/distill_scorer.py vit_small_patch14_dinov2 --images photos/ --view 224 --target pooled \\
+      --out scorer.safetensors
   python tools/distill_scorer.py llava-1.5-7b-hf/ --images coco/train2017 --out scorer.safetensors
 
-The scorer predicts how much the dense model's output differs within a patch. That output is what a segmenter's head
-says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target features; all other
-models). Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run resumes.
-Runs without a GPU.
+The scorer predicts what merging a patch loses: how much the dense model's output differs within it, be that what a
+segmenter's head says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target
+features; all other models); or how much what a classifier reads of the whole image changes (--target pooled).
+Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run resumes. Runs without a GPU.
 """
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,18 +26,20 @@ from torch import Tensor
 
 from tools.cli import check_at_least, parser_of
 from apt_backbones.distance import merging_off
-from apt_backbones.distill import WIDTH, Epoch, Prototypes, ViewSettings, cut_view, make_views, train_scorer
+from apt_backbones.distill import WIDTH, Epoch, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import find_images, read_rgb
+from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses
 from tools import steps
 from tools.frozen_model import Frozen, add_model_arguments, frozen_model
 
 FITTED_ON = 64  # views whose features are clustered
 
 
-def target_of(
-    frozen: Frozen, target: str, views: ViewSettings, paths: Sequence[Path], prototypes: int
-) -> Callable[[Tensor], Tensor]:
-    """Pixels in 0..255 to what the dense model says of them: the head's probabilities, or the features' clusters."""
+def losses_of(frozen: Frozen, target: str, views: ViewSettings, paths: Sequence[Path], prototypes: int) -> Losses:
+    """What merging loses of the head's probabilities, of the features' clusters, or of what a classifier reads."""
+    sizes = tuple(frozen.settings.thresholds)
+    if target == "pooled":
+        return image_losses(frozen.trunk, lambda pixels: frozen.pooled(frozen.normalized(pixels)), sizes)
     if target == "head":
         say = frozen.head
     else:
@@ -53,7 +57,7 @@ def target_of(
         with merging_off(frozen.trunk):
             return say(frozen.normalized(pixels))
 
-    return outputs
+    return cell_losses(outputs, sizes)
 
 
 def plot(path: Path, curve: list[Epoch]) -> None:
@@ -88,6 +92,7 @@ def main() -> None:
     add("--work-dir", type=Path, help="for what is kept of an unfinished run (default: beside --out)")
     args = parser.parse_args()
     check_at_least(args, copies=1, prototypes=1, epochs=1, sample=1, resize=1)
+    torch.manual_seed(args.seed)
     frozen = frozen_model(args.model, args.weights, args.sizes, args.resize)
     target = frozen.target(args.target)
     paths, chance = find_images(args.images), random.Random(args.seed)
@@ -101,7 +106,7 @@ def main() -> None:
         "model": args.model,
         "weights": steps.fingerprint(args.weights) if args.weights else "its own",
         "target": target,
-        **({} if target == "head" else {"prototypes": args.prototypes}),
+        **({"prototypes": args.prototypes} if target == "features" else {}),
         "images": len(paths),
         "view": views.size,
     }
@@ -109,13 +114,13 @@ def main() -> None:
     key = steps.digest([origin, views, args.resize, sizes, listed, WIDTH])
     folder = (args.work_dir or args.out.parent / f".{args.out.stem}_distilling") / key
     frozen.model.to(args.device)
-    outputs = target_of(frozen, target, views, paths, args.prototypes)
+    losses = losses_of(frozen, target, views, paths, args.prototypes)
     made = {}
     for name, part in (("training", paths), ("held-out", held_out)):
         with steps.announced(f"{name} views: {args.copies} of each of {len(part)} images"):
             made[name] = make_views(
                 part,
-                outputs,
+                losses,
                 sizes,
                 views,
                 folder / name,

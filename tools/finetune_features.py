@@ -26,7 +26,7 @@ from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
-from tools.frozen_model import TARGETS, add_model_arguments, frozen_model
+from tools.frozen_model import add_model_arguments, frozen_model
 
 CALIBRATED_ON = 200
 LAYERS = ("embedding", "adapters", "maps")
@@ -52,7 +52,7 @@ def plot(path: Path, curve: list[float], what: str) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    add_model_arguments(parser, "the new layers go", (*TARGETS, "pooled"))
+    add_model_arguments(parser, "the new layers go")
     add = parser.add_argument
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")

@@ -17,18 +17,18 @@ from apt_backbones.trunk import AdaptiveTrunk
 from tools.machine import add_device_argument
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
-TARGETS = ("head", "features")
+TARGETS = ("head", "features", "pooled")
 LARGEST_VIEW = 512
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, what: str, targets: Sequence[str] = TARGETS) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """The flags of a tool that trains ``what`` on one of a frozen model's outputs."""
     add = parser.add_argument
     add("model", help="configuration of an adaptive model, folder of a LLaVA, or name of a timm ViT")
     add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
     add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
-    add("--target", choices=targets, help="default: head for segmenters, features for all others")
+    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
     add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
     add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
     add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
@@ -67,7 +67,7 @@ class Frozen(NamedTuple):
         return self._replace(settings=replace(self.settings, prepare=with_longest_side(longest)))
 
     def target(self, asked: str | None) -> str:
-        """What is learned from: "head" for segmenters if nothing is asked for, else "features".
+        """What is learned from: what is asked for, else "head" for segmenters and "features" for all others.
 
         Raises:
             ValueError: the head of a model that has none, or pooled features where nothing is pooled.

@@ -1,0 +1,177 @@
+"""What merging a patch loses, by what a frozen network makes of an image: what a ``LearnedScorer`` learns.
+
+Of an output with a value per cell (``cell_losses``) it is how much that differs within the patch: the cells of a merged
+patch all get one output. Of an output of the whole image (``image_losses``) it is how much that changes if the patch's
+tokens become their mean.
+
+Legend: B images, C channels of the output, H x W base cells, T tokens, D their channels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .trunk import AdaptiveTrunk
+
+OUTPUTS = ("probabilities", "features")
+
+# Float images (B, 3, height, width) in 0..255 to float32 losses (B, height // size, width // size) per size.
+Losses = Callable[[Tensor], list[Tensor]]
+
+
+def cell_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[int], kind: str = "probabilities") -> Losses:
+    """``merging_losses`` of an output with a value per cell.
+
+    Args:
+        outputs: float images (B, 3, height, width) in 0..255 to maps (B, C, ...) of any resolution.
+        sizes: patch sides in pixels, each twice the one before; the base patch is half the first.
+        kind: see ``merging_losses``.
+    """
+    p = sizes[0] // 2
+
+    @torch.no_grad()
+    def losses(pixels: Tensor) -> list[Tensor]:
+        grid = [side // p for side in pixels.shape[2:]]
+        cells = F.adaptive_avg_pool2d(outputs(pixels).float(), grid)
+        return merging_losses(cells, [size // p for size in sizes], kind)
+
+    return losses
+
+
+def image_losses(
+    trunk: AdaptiveTrunk,
+    outputs: Callable[[Tensor], Tensor],
+    sizes: Sequence[int],
+    kind: str = "features",
+    draws: int = 2,
+) -> Losses:
+    """How much an output of the whole image changes, to first order, if a patch's embedded tokens become their mean.
+
+    Args:
+        trunk: whose tokens they are; it merges nothing meanwhile.
+        outputs: float images (B, 3, height, width) in 0..255 to (B, C), differentiable, by a model with this trunk.
+        sizes: patch sides in pixels.
+        kind: "features" (squared change) or "probabilities" (twice the Kullback-Leibler divergence).
+        draws: random projections of the output, each of which costs a backward pass. An expectation over them is what
+            is described, and a scorer learns expectations.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    _check(kind)
+
+    def losses(pixels: Tensor) -> list[Tensor]:
+        with torch.enable_grad(), _embedded_tokens(trunk, sizes) as tokens:
+            output_BC = outputs(pixels).float()
+        x_TD, layout, found = tokens[0], trunk.last_layout, [0.0] * len(sizes)
+        map_BDHW = layout.to_map(x_TD.detach().float())
+        for draw in range(draws):
+            if kind == "features":
+                projected = (output_BC * torch.randint_like(output_BC, 2).mul(2).sub(1)).sum()
+            else:
+                # The expected square of this gradient is Fisher's information, in which the divergence is quadratic.
+                classes_B1 = output_BC.detach().multinomial(1)
+                projected = output_BC.gather(1, classes_B1).log().sum()
+            (slope_TD,) = torch.autograd.grad(projected, x_TD, retain_graph=draw + 1 < draws)
+            slope_BDHW = layout.to_map(slope_TD.float())
+            for number, size in enumerate(sizes):
+                factor = size // trunk.patch_size
+                change_BDHW = _patch_mean(map_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+                height, width = change_BDHW.shape[2:]
+                change_BDHW = change_BDHW - map_BDHW[..., :height, :width]
+                change_B1HW = (slope_BDHW[..., :height, :width] * change_BDHW).sum(1, keepdim=True)
+                found[number] = found[number] + (factor**2 * _patch_mean(change_B1HW, factor)[:, 0]).square() / draws
+        return found
+
+    return losses
+
+
+@contextmanager
+def _embedded_tokens(trunk: AdaptiveTrunk, sizes: Sequence[int]) -> Iterator[list[Tensor]]:
+    """A list of what is embedded meanwhile (T, D), of patches of one size; leaves, of which gradients can be asked."""
+    tokens = []
+
+    def keep(module: torch.nn.Module, inputs: tuple, x_TD: Tensor) -> Tensor:
+        tokens.append(x_TD.detach().requires_grad_())
+        return tokens[-1]
+
+    # With thresholds of 0 nothing merges, and timm's networks run on packed tokens all the same.
+    thresholds, trunk.thresholds = trunk.thresholds, dict.fromkeys(sizes, 0.0)
+    handle = trunk.adaptive_embed.register_forward_hook(keep)
+    try:
+        yield tokens
+    finally:
+        handle.remove()
+        trunk.thresholds = thresholds
+
+
+def merging_losses(maps_BCHW: Tensor, factors: Sequence[int], kind: str = "probabilities") -> list[Tensor]:
+    """What is lost if all cells of a patch get the mean output: float32 (B, H // factor, W // factor) per factor.
+
+    Args:
+        maps_BCHW: output on the base cells.
+        factors: side of the patches in cells.
+        kind: "probabilities" (channels add up to 1; the Jensen-Shannon divergence of the cells, in nats) or
+            "features" (squared distance to the mean).
+    """
+    _check(kind)
+    maps_BCHW, losses = maps_BCHW.float(), []
+    # The mean of the cells' own term less the term of their mean.
+    term = (lambda x: torch.special.xlogy(x, x).sum(1)) if kind == "probabilities" else lambda x: x.square().sum(1)
+    term_BHW = term(maps_BCHW)
+    for factor in factors:
+        mean, mean_term = _patch_mean(maps_BCHW, factor), _patch_mean(term_BHW[:, None], factor)[:, 0]
+        losses.append((mean_term - term(mean)).clamp(min=0))
+    return losses
+
+
+class Prototypes:
+    """Probabilities of a network without a classifier: which of some clusters of its features a cell belongs to.
+
+    Args:
+        center, spread: mean and standard deviation of the features' channels (C,).
+        prototypes: clusters' means of standardized features (K, C).
+        temperature: of the softmax over negative squared distances.
+    """
+
+    def __init__(self, center: Tensor, spread: Tensor, prototypes: Tensor, temperature: float):
+        self.center, self.spread = center[:, None, None], spread[:, None, None]
+        self.prototypes, self.temperature = prototypes, temperature
+
+    @classmethod
+    def fit(cls, maps: Sequence[Tensor], count: int = 64, seed: int = 0) -> "Prototypes":
+        """k-means of the cells of feature maps (B, C, H, W)."""
+        cells = torch.cat([part.float().permute(0, 2, 3, 1).flatten(0, 2) for part in maps])
+        center, spread = cells.mean(0), cells.std(0).clamp(min=1e-6)
+        cells = (cells - center) / spread
+        order = torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed)).to(cells.device)
+        prototypes = cells[order[:count]]
+        for _ in range(15):
+            nearest = _nearness(cells, prototypes).argmax(1)
+            sums = torch.zeros_like(prototypes).index_add_(0, nearest, cells)
+            members = nearest.bincount(minlength=len(prototypes))[:, None]
+            prototypes = torch.where(members > 0, sums / members.clamp(min=1), prototypes)
+        best = _nearness(cells, prototypes).topk(2).values
+        return cls(center, spread, prototypes, float((best[:, 0] - best[:, 1]).mean()) / 2)
+
+    def __call__(self, maps_BCHW: Tensor) -> Tensor:
+        """Probabilities (B, K, H, W)."""
+        cells = ((maps_BCHW.float() - self.center) / self.spread).permute(0, 2, 3, 1)
+        return (_nearness(cells, self.prototypes) / self.temperature).softmax(3).permute(0, 3, 1, 2)
+
+
+def _check(kind: str) -> None:
+    if kind not in OUTPUTS:
+        raise ValueError(f"unknown kind of output {kind!r}; choose one of {', '.join(OUTPUTS)}")
+
+
+def _nearness(cells: Tensor, prototypes: Tensor) -> Tensor:
+    """Negative squared distances (..., K), up to what all prototypes share."""
+    return 2 * cells @ prototypes.T - prototypes.square().sum(1)
+
+
+def _patch_mean(maps_BCHW: Tensor, factor: int) -> Tensor:
+    return F.avg_pool2d(maps_BCHW, factor)
