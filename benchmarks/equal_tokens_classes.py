@@ -2,22 +2,23 @@
 """Accuracy against tokens and milliseconds in classification: a frozen DINOv2-S, linear heads, images by class.
 
 examples:
-  python -m benchmarks.equal_tokens_classes clothing-dataset-small --scorer scorer.safetensors
-  python -m benchmarks.equal_tokens_classes photos/ --weights dinov2_s14.safetensors
+  python -m benchmarks.equal_tokens_classes clothing-dataset-small
+  python -m benchmarks.equal_tokens_classes photos/ --official --weights dinov2_s14.safetensors
 
-The folder holds train, validation and test. Adapters of merged tokens learn, without labels, from 1,200 images of
-train, and so does LoRA in the dense network, to say of smaller images what it says of larger ones. All others are
-classified: heads learn from four fifths of all images, dense and at 224 pixels, and are tested on the fifth that is
-left, five times (small test splits tell nothing from chance). They read the CLS token, or the mean over the tokens of
-the image: with merged tokens by their area, as ``adapt`` has it, or every token once. Thresholds are calibrated on the
-validation images. What is finished is kept in the work directory: the same command resumes.
+The folder holds train, validation and test. From 1,200 images of train three things learn without labels: a scorer,
+from how much merging changes the CLS token; adapters of merged tokens; and LoRA in the dense network, to say of smaller
+images what it says of larger ones. Heads learn from dense images of 224 pixels: with --official from those of train and
+validation, and are tested on test; else from four fifths of all images, and are tested on the fifth that is left, five
+times (small test splits tell nothing from chance), without the 1,200. They read the CLS token, or the mean over the
+tokens of the image: with merged tokens by their area, as ``adapt`` has it, or every token once. Thresholds are
+calibrated on the validation images. What is finished is kept in the work directory: the same command resumes.
 """
 
 import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,14 +28,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tools.cli import run
 from apt_backbones import adapt
-from apt_backbones.distill import ViewSettings, save_tensors
+from apt_backbones.distill import Views, ViewSettings, make_views, save_tensors
 from apt_backbones.files import write_atomically
+from apt_backbones.merging_losses import image_losses
 from apt_backbones.mm.feature_matching import RandomViews
 
 from . import tome
@@ -47,7 +49,8 @@ SMALLER = ((140, 140), (168, 168), (182, 182))
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 POOLS = ("cls", "mean by area", "mean by token")
 FOLDS, DRAWS = 5, 200
-UNLABELLED, RANK, STEPS, VIEWS_OF_A_STEP, RATE = 1200, 16, 450, 8, 1e-4  # of the adapters' training
+UNLABELLED, COPIES = 1200, 4  # images, and views of each that the scorer learns from
+RANK, STEPS, VIEWS_OF_A_STEP, RATE = 16, 450, 8, 1e-4  # of the adapters' training
 
 
 class ClassStudy(Study):
@@ -55,45 +58,59 @@ class ClassStudy(Study):
 
     Args:
         folder: with train, validation and test, a folder per class in each.
-        scorer: file of a learned scorer, for settings that have one.
+        official: test on the test split, with one head.
     """
 
-    def __init__(self, folder: Path, scorer: Path | None, weights: Path | None, work_dir: Path, dtype: torch.dtype):
+    def __init__(self, folder: Path, official: bool, weights: Path | None, work_dir: Path, dtype: torch.dtype):
         super().__init__(weights, work_dir, dtype, (-1,))
-        self.folder, self.scorer = folder, scorer
+        self.folder, self.official = folder, official
         if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: it needs a folder per class in each")
         found = [ImageFolder(folder / split) for split in SPLITS]
-        self.labels = torch.cat([torch.tensor(of_split.targets) for of_split in found])
+        number_of = found[0].class_to_idx  # another split may lack some
+        self.labels = torch.tensor([number_of[of_split.classes[n]] for of_split in found for n in of_split.targets])
+        self.is_test_split = torch.arange(len(self.labels)) >= len(self.labels) - len(found[-1])
         paths = [Path(path) for path, _ in found[0].samples]
         unlabelled = sorted(random.Random(0).sample(range(len(paths)), min(UNLABELLED, len(paths) // 2)))
         self.unlabelled = [paths[number] for number in unlabelled]
-        self.is_tested = torch.ones(len(self.labels), dtype=torch.bool)
-        self.is_tested[unlabelled] = False
+        is_tested = self.is_test_split if official else torch.ones(len(self.labels), dtype=torch.bool)
+        is_tested[unlabelled] = False
+        self.tested = is_tested.nonzero()[:, 0]
         self.prepare = transforms.Resize(BASE[0], transforms.InterpolationMode.BICUBIC)  # of training views
-        self.views_of_training = ViewSettings(BASE, scales=(1.0, 1.4))
+        self.views_of_training = ViewSettings(BASE, scales=(1.0, 1.4), copies=COPIES)
 
     def build(self) -> nn.Module:
         vit = adapt(super().build(), {MERGED: 0.0}, merge="resizing", adapter_rank=RANK)
         vit.thresholds = {}
         return vit
 
-    def batches(self, splits: Sequence[str], size: tuple[int, int], batch: int) -> DataLoader:
-        """Pixels 0..255 (B, 3, height, width) and classes."""
+    def pictures(self, splits: Sequence[str], size: tuple[int, int]) -> Dataset:
+        """Pixels 0..255 (3, height, width), and a class."""
         steps = [transforms.Resize(size[0], transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
         transform = transforms.Compose([*steps, transforms.PILToTensor()])
-        data = ConcatDataset([ImageFolder(self.folder / split, transform) for split in splits])
-        return DataLoader(data, batch, num_workers=1)
+        return ConcatDataset([ImageFolder(self.folder / split, transform) for split in splits])
 
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
-        return (pixels for pixels, _ in self.batches(["validation" if split == "val" else split], size, 1))
+        return (pixels[None] for pixels, _ in self.pictures(["validation" if split == "val" else split], size))
 
-    def scorer_file(self, seed: int = 0) -> Path:
-        return self.scorer
+    def views(self, split: str) -> list[Views]:
+        """Of the unlabelled images, every tenth for "val", with what merging loses of the CLS token."""
+        held_out = self.unlabelled[::10]
+        paths = [path for path in self.unlabelled if path not in held_out] if split == "train" else held_out
+
+        def cls_token(pixels: Tensor) -> Tensor:
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                return self.vit(self.normalized(pixels))
+
+        torch.manual_seed(0)
+        losses = image_losses(self.vit, cls_token, (MERGED,))
+        report = partial(track, description=f"views of {split}", console=console)
+        folder = self.work_dir / f"views_{split}"
+        return [make_views(paths, losses, (MERGED,), self.views_of_training, folder, self.prepare, report=report)]
 
     def adapters_file(self) -> Path:
         """Learned from the CLS token, with the thresholds of all budgets of the heads' image size."""
-        settings = [setting for setting in all_settings(True) if setting.adapters and setting.image == BASE]
+        settings = [setting for setting in all_settings() if setting.adapters and setting.image == BASE]
         options = dict(iterations=STEPS, batch=VIEWS_OF_A_STEP, rate=RATE, prepare=self.prepare)
         return self.trained_layers("adapters", settings, self.vit, self.unlabelled, self.views_of_training, **options)
 
@@ -136,14 +153,19 @@ class ClassStudy(Study):
             scheduler.step()
 
     @torch.inference_mode()
-    def features(self, setting: Setting) -> dict[str, Tensor]:
-        """Per pooling the features of all images (N, C), and ``tokens``, the number of their patch tokens (N,)."""
-        file = self.work_dir / "features" / f"{setting.name}.safetensors"
+    def features(self, setting: Setting, every: bool = False) -> dict[str, Tensor]:
+        """Per pooling the features of the images that are tested, or of every image (N, C), and ``tokens``, the number
+        of their patch tokens (N,)."""
+        file = self.work_dir / "features" / f"{setting.name}{'_every' if every else ''}.safetensors"
         if not file.is_file():
             found = {name: [] for name in (*POOLS, "tokens")}
             torch.manual_seed(0)
+            if setting.method == "lora":
+                _ = self.with_lora  # before autocast, which would go on with the weights as they are before training
+            pictures = self.pictures(SPLITS, setting.image)
+            batches = DataLoader(pictures if every else Subset(pictures, self.tested), 16, num_workers=1)
             with self.as_set(setting):
-                for pixels, _ in track(self.batches(SPLITS, setting.image, 16), setting.name, console=console):
+                for pixels, _ in track(batches, file.stem, console=console):
                     with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
                         of_batch = self.pooled(setting, self.normalized(pixels))
                     for parts, part in zip(found.values(), of_batch):
@@ -169,13 +191,17 @@ class ClassStudy(Study):
         return layout.prefix(x_TD)[:, 0], layout.to_map(x_TD).mean((2, 3)), by_token, torch.tensor(layout.num_patches)
 
     def folds(self) -> Tensor:
-        """Of every image the number of the fifth in which it is tested."""
+        """Of every image the number of the part in which it is tested; officially only the test split is."""
+        if self.official:
+            return 1 - self.is_test_split.long()
         return torch.tensor(random.Random(0).choices(range(FOLDS), k=len(self.labels)))
 
     def probabilities(self, settings: Sequence[Setting]) -> dict[tuple[Setting, str], Tensor]:
-        """Per setting and pooling the probabilities of every image, by the heads that did not learn from it."""
-        folds, dense = self.folds(), self.features(Setting("dense", BASE))
-        learned_from, num_classes = [folds != fold for fold in range(FOLDS)], int(self.labels.max()) + 1
+        """Per setting and pooling the probabilities of the tested images, by heads that did not learn from them."""
+        folds, dense = self.folds(), self.features(Setting("dense", BASE), every=True)
+        of_tested = folds[self.tested]
+        learned_from = [folds != fold for fold in of_tested.unique()]
+        num_classes = int(self.labels.max()) + 1
         heads = {
             pool: [train_head(dense[pool][part], self.labels[part], num_classes) for part in learned_from]
             for pool in POOLS
@@ -185,7 +211,7 @@ class ClassStudy(Study):
             features = self.features(setting)
             for pool in POOLS:
                 of_heads = torch.stack([head(features[pool]).softmax(1) for head in heads[pool]])
-                found[setting, pool] = of_heads[folds, torch.arange(len(folds))]
+                found[setting, pool] = of_heads[of_tested, torch.arange(len(of_tested))]
         return found
 
 
@@ -233,7 +259,7 @@ def draw(path: Path, results: list[dict]) -> None:
                 "tome": "ToMe",
             }.get(line["method"])
             curves.setdefault(name or line["method"], []).append(line)
-    figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(16, 4.5), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
         for name, lines in curves.items():
             lines = sorted(lines, key=lambda line: line[key])
@@ -244,41 +270,44 @@ def draw(path: Path, results: list[dict]) -> None:
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy in %, CLS token")
     panels[0].set_title("Classification, frozen DINOv2 ViT-S/14, linear head")
-    panels[1].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=130)
 
 
-def all_settings(with_learned: bool) -> list[Setting]:
+def all_settings(also: Sequence[str] = ()) -> list[Setting]:
+    """Of everything; ``also`` are files of other learned scorers."""
+
     def merging(size: tuple[int, int], method: str, scorer: str | None, shares: Sequence[float]) -> list[Setting]:
         cells = Setting("dense", size).cells
         return [Setting(method, size, scorer, round(share * cells)) for share in shares]
 
     settings = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
     settings += [Setting("lora", size) for size in SMALLER]
-    for size in (BASE, *OTHERS) if with_learned else ():
-        learned = merging(size, "apt", "learned", BUDGETS)
+    for size in (BASE, *OTHERS):
+        learned = merging(size, "apt", "learned", BUDGETS if size == BASE else BUDGETS[1::2])
         settings += learned if size == BASE else []
         settings += [setting._replace(adapters=True) for setting in learned]
     for method, scorer in (("apt", "entropy"), ("apt", "upsample_mse"), ("random", None), ("tome", None)):
         settings += merging(BASE, method, scorer, BUDGETS[1::2])
+    for file in also:
+        settings += merging(BASE, "apt", file, BUDGETS[1::2])
     return settings
 
 
 def main() -> None:
     parser = study_parser(__doc__, "equal_tokens_classes")
     parser.add_argument("folder", type=Path, help="with train, validation and test, a folder per class in each")
-    parser.add_argument("--scorer", type=Path, help="file of a learned scorer, measured as well")
+    parser.add_argument("--official", action="store_true", help="test on the test split (default: five folds)")
+    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, measured as well")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/equal_tokens_clothing.json"), help="(%(default)s)"
     )
     args = parser.parse_args()
-    study = ClassStudy(args.folder, args.scorer, args.weights, args.work_dir, getattr(torch, args.dtype))
-    settings = all_settings(args.scorer is not None)
-    tested = study.is_tested
-    tokens = {setting: float(study.features(setting)["tokens"][tested].float().mean()) for setting in settings}
-    values = {}
+    study = ClassStudy(args.folder, args.official, args.weights, args.work_dir, getattr(torch, args.dtype))
+    settings = all_settings(args.also)
+    tokens = {setting: float(study.features(setting)["tokens"].float().mean()) for setting in settings}
+    labels, values = study.labels[study.tested], {}
     for key, of_images in study.probabilities(settings).items():
-        labels, of_images = study.labels[tested], of_images[tested]
         right, truth = of_images.argmax(1) == labels, of_images.gather(1, labels[:, None])[:, 0]
         values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
     results, times = [], study.milliseconds(settings)

@@ -134,6 +134,7 @@ class Study:
         """Images of the train or val split, and what merging loses in them; a group per shape."""
         raise NotImplementedError
 
+    @torch.inference_mode(False)  # whoever measures with it may be in it
     def scorer_file(self, seed: int = 0) -> Path:
         """The scorer, distilled from the train split; of its epochs the best on the val split."""
         file = self.work_dir / f"scorer_{seed}.safetensors"

@@ -155,10 +155,10 @@ def equal_tokens(name: str) -> str:
     return table(["method", "image", "tokens", *([FILLS[fill] for fill in fills] or metrics), "CPU ms"], lines)
 
 
-def classes() -> str:
+def classes(name: str) -> str:
     """One row per method and size: accuracy by pooling and the cross-entropy of the CLS token, each with what it gains
     over dense images of as many tokens."""
-    measured, rows = json.loads((ROOT / "docs/results/equal_tokens_clothing.json").read_text()), {}
+    measured, rows = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text()), {}
     for line in measured["results"]:
         key = (line["method"], line["scorer"], line["adapters"], line["image"], line["budget"])
         rows.setdefault(key, []).append(line)
@@ -189,12 +189,15 @@ def text_of(name: str) -> str:
         return bench(name.removeprefix("bench:"))
     if name.startswith("equal:"):
         return equal_tokens(name.removeprefix("equal:"))
+    if name.startswith("classes:"):
+        return classes(name.removeprefix("classes:"))
     if name in ("det", "seg", "vqa"):
         return markdown_of(report(name))
-    tables = {"summary": summary, "speeds": speeds, "classes": classes}
+    tables = {"summary": summary, "speeds": speeds}
     if name not in tables:
         raise ValueError(
-            f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, bench:FILE and equal:FILE"
+            f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, bench:FILE, equal:FILE and "
+            "classes:FILE"
         )
     return tables[name]()
 

@@ -1,6 +1,7 @@
 """Classification at equal tokens: images are tested by heads that did not learn from them, gains are over the curve."""
 
 import json
+import shutil
 from copy import deepcopy
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import equal_tokens_classes as classes
-from benchmarks import study
+from benchmarks import grocery, study
 from benchmarks.study import Setting
 from tests.scorers import save_scorer
 
@@ -35,22 +36,22 @@ def small(monkeypatch):
     network = timm.create_model("vit_small_patch14_dinov2", **options).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
     sizes = dict(BASE=(56, 56), OTHERS=((84, 84),), SMALLER=((28, 28), (42, 42)))
-    training = dict(UNLABELLED=1, RANK=2, STEPS=2, VIEWS_OF_A_STEP=2)
+    training = dict(UNLABELLED=2, COPIES=2, RANK=2, STEPS=2, VIEWS_OF_A_STEP=2)
     for name, value in dict(**sizes, **training, BUDGETS=(0.5, 0.625), FOLDS=2, DRAWS=4).items():
         monkeypatch.setattr(classes, name, value)
 
 
 def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
-    scorer = save_scorer(tmp_path / "scorer.safetensors", 14)
+    other = save_scorer(tmp_path / "other.safetensors", 14)
     out = tmp_path / "found.json"
-    arguments = [data, "--scorer", scorer, "--work-dir", tmp_path / "work", "--out", out, "--dtype", "float32"]
+    arguments = [data, "--also", other, "--work-dir", tmp_path / "work", "--out", out, "--dtype", "float32"]
     monkeypatch.setattr("sys.argv", ["equal_tokens_classes", *map(str, arguments)])
     classes.main()
     found = json.loads(out.read_text())
-    assert found["images"] == 11, "from one of twelve the adapters learned"
+    assert found["images"] == 10, "from two of twelve the scorer and the adapters learned"
     assert {line["pool"] for line in found["results"]} == set(classes.POOLS)
     plain = [line for line in found["results"] if not line["adapters"]]
-    assert len(found["results"]) - len(plain) == 2 * 2 * len(classes.POOLS), "of two base sizes"
+    assert len(found["results"]) - len(plain) == (2 + 1) * len(classes.POOLS), "of two base sizes"
     assert sum(line["method"] == "lora" for line in plain) == 2 * len(classes.POOLS)
     by_name = {(line["method"], line["scorer"], line["image"], line["pool"]): line for line in plain}
     assert by_name["dense", None, "42x42", "cls"]["tokens"] == 9
@@ -58,25 +59,62 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
     assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
     features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()}
-    expected = 4 + 2 + 2 + 2 * 2 + 4  # dense, LoRA; learned, adapters; entropy, upsample_mse, random, ToMe
+    assert by_name["apt", "other", "56x56", "cls"]["tokens"] > 0
+    # Dense, once of every image, and LoRA; learned, with adapters; entropy, upsample_mse, random, ToMe; the other.
+    expected = 4 + 1 + 2 + 2 + 2 + 1 + 4 + 1
     assert len(features) == expected
     classes.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()} == features
     assert json.loads(out.read_text()) == found
 
 
-def test_without_a_learned_scorer_there_are_no_adapters(data, small, tmp_path, monkeypatch):
-    arguments = [data, "--work-dir", tmp_path / "work", "--out", tmp_path / "found.json", "--dtype", "float32"]
-    monkeypatch.setattr("sys.argv", ["equal_tokens_classes", *map(str, arguments)])
-    classes.main()
-    found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert {line["method"] for line in found} == {"dense", "lora", "apt", "random", "tome"}
-    assert not any(line["adapters"] or line["scorer"] == "learned" for line in found)
+def test_officially_the_test_split_is_tested_by_a_head_of_all_others(data, small, tmp_path, monkeypatch):
+    (data / "validation" / "bright").rename(tmp_path / "spare")  # its classes are those of train all the same
+    official = classes.ClassStudy(data, True, None, tmp_path, torch.float32)
+    assert official.labels.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 1, 1]
+    learned_from, dense = [], Setting("dense", classes.BASE)
+    original = classes.train_head
+    monkeypatch.setattr(
+        classes, "train_head", lambda x, labels, count: learned_from.append(labels) or original(x, labels, count)
+    )
+    found = official.probabilities([dense])[dense, "cls"]
+    assert official.tested.tolist() == [6, 7, 8, 9] and found.shape == (4, 2)
+    assert all(labels.tolist() == [0, 0, 1, 1, 1, 1] for labels in learned_from)
+
+
+def test_the_scorer_learns_from_images_that_nobody_is_tested_on(data, small, tmp_path):
+    of_small = classes.ClassStudy(data, False, None, tmp_path, torch.float32)
+    (training,), (held_out,) = of_small.views("train"), of_small.views("val")
+    assert len(training.pixels) == len(held_out.pixels) == 2, "two copies of one image each"
+    assert training.losses[28].shape == (2, 2, 2) and (training.losses[28] > 0).all()
+    assert len(of_small.tested) == 10 and set(range(4, 12)) < set(of_small.tested.tolist())
+
+
+def test_the_run_that_trains_lora_measures_what_it_trained(data, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(classes, "RATE", 0.1)
+    setting, found = Setting("lora", classes.SMALLER[0]), []
+    for name in ("trains", "resumes"):
+        study_of = classes.ClassStudy(data, False, None, tmp_path / name, torch.bfloat16)
+        found.append(study_of.features(setting)["cls"])
+        (tmp_path / "resumes").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "trains" / "lora.safetensors", tmp_path / "resumes")
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], study_of.features(Setting("dense", classes.SMALLER[0]))["cls"])
+
+
+def test_grocery_is_arranged_by_its_lists(tmp_path):
+    for split, name in (("train", "Fruit/Kiwi"), ("val", "Fruit/Kiwi"), ("test", "Packages/Milk/Oat")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "1.jpg").write_bytes(b"picture")
+        (tmp_path / f"{split}.txt").write_text(f"{split}/{name}/1.jpg, {3 if 'Kiwi' in name else 12}, 0\n")
+    grocery.arrange(tmp_path, tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.jpg")}
+    assert found == {"train/03_Kiwi/1.jpg", "validation/03_Kiwi/1.jpg", "test/12_Oat/1.jpg"}
 
 
 @torch.inference_mode()
 def test_tome_pools_as_the_network_where_nothing_merges(data, small, tmp_path):
-    of_small = classes.ClassStudy(data, None, None, tmp_path, torch.float32)
+    of_small = classes.ClassStudy(data, False, None, tmp_path, torch.float32)
     images = torch.randn(2, 3, 56, 56)
     of_all = of_small.pooled(Setting("tome", (56, 56), None, 16), images)
     for ours, theirs in zip(of_all, of_small.pooled(Setting("dense", (56, 56)), images)):
@@ -89,11 +127,11 @@ def test_tome_pools_as_the_network_where_nothing_merges(data, small, tmp_path):
 def test_missing_splits_are_named(data, small, tmp_path):
     (data / "test").rename(data / "spare")
     with pytest.raises(FileNotFoundError, match="photos lacks test: it needs a folder per class in each"):
-        classes.ClassStudy(data, None, None, tmp_path, torch.float32)
+        classes.ClassStudy(data, False, None, tmp_path, torch.float32)
 
 
 def test_nobody_is_tested_by_a_head_that_knows_it(data, small, tmp_path, monkeypatch):
-    of_small = classes.ClassStudy(data, None, None, tmp_path, torch.float32)
+    of_small = classes.ClassStudy(data, False, None, tmp_path, torch.float32)
     learned_from = []
     original = classes.train_head
 
@@ -104,8 +142,8 @@ def test_nobody_is_tested_by_a_head_that_knows_it(data, small, tmp_path, monkeyp
     monkeypatch.setattr(classes, "train_head", train_head)
     dense = Setting("dense", classes.BASE)
     found = of_small.probabilities([dense])
-    assert {key[1] for key in found} == set(classes.POOLS) and found[dense, "cls"].shape == (12, 2)
-    features, folds = of_small.features(dense), of_small.folds()
+    assert {key[1] for key in found} == set(classes.POOLS) and found[dense, "cls"].shape == (10, 2)
+    features, folds = of_small.features(dense, every=True), of_small.folds()
     for pool, parts in zip(classes.POOLS, zip(learned_from[::2], learned_from[1::2])):
         for fold, x in enumerate(parts):
             assert torch.equal(x, features[pool][folds != fold])
