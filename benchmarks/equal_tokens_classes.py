@@ -200,7 +200,7 @@ class ClassStudy(Study):
         """Per setting and pooling the probabilities of the tested images, by heads that did not learn from them."""
         folds, dense = self.folds(), self.features(Setting("dense", BASE), every=True)
         of_tested = folds[self.tested]
-        learned_from = [folds != fold for fold in of_tested.unique()]
+        learned_from = [folds != fold for fold in range(int(of_tested.max()) + 1)]
         num_classes = int(self.labels.max()) + 1
         heads = {
             pool: [train_head(dense[pool][part], self.labels[part], num_classes) for part in learned_from]

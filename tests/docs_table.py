@@ -118,8 +118,10 @@ def fill(folder: Path) -> None:
     """Make a checkout to run commands in: this one's code, with small configurations, data and checkpoints."""
     import numpy as np
     import skimage
+    import timm
     import torch
     from PIL import Image
+    from safetensors.torch import load_file, save_file
 
     from examples.make_photoshapes import make_photoshapes
     from tests.golden import load_golden
@@ -148,12 +150,12 @@ def fill(folder: Path) -> None:
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
         weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
         if name.endswith(".pth"):
-            from safetensors.torch import load_file
-
             torch.save({"state_dict": load_file(weights)}, folder / "checkpoints" / name)
         else:
             shutil.copy(weights, folder / "checkpoints" / name)
     torch.save({"model": load_golden("eva02_cascade_tiny").weights}, folder / "eva02_L_coco_sys.pth")
+    vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    save_file(vit.state_dict(), folder / "dinov2_s14.safetensors")
     seg = {"state_dict": load_golden("eva02_seg_tiny").weights}
     torch.save(seg, folder / "eva02_L_ade_seg_upernet_sz512.pth")
 
