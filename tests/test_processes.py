@@ -3,6 +3,7 @@ that handles the same images, and a process that dies ends the others. The other
 (classification) and test_llava_interruption.py."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -153,4 +154,4 @@ def test_a_killed_process_ends_the_others_within_a_minute(task, tmp_path):
     survivor, killed = start_ranks(2, tmp_path, _train_until_killed, task, tmp_path)
     assert end(killed) == -signal.SIGKILL
     assert end(survivor, timeout=60) == 1
-    assert "Connection closed by peer" in (tmp_path / "0.log").read_text()
+    assert re.search("Connection (closed|reset) by peer", (tmp_path / "0.log").read_text())
