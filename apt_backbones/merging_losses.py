@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distance import merging_off
 from .trunk import AdaptiveTrunk
 
 OUTPUTS = ("probabilities", "features")
@@ -62,12 +63,16 @@ def image_losses(
         ValueError: an unknown kind.
     """
     _check(kind)
+    factors = [size // trunk.patch_size for size in sizes]
 
     def losses(pixels: Tensor) -> list[Tensor]:
         with torch.enable_grad(), _embedded_tokens(trunk, sizes) as tokens:
             output_BC = outputs(pixels).float()
         x_TD, layout, found = tokens[0], trunk.last_layout, [0.0] * len(sizes)
-        map_BDHW = layout.to_map(x_TD.detach().float())
+        map_BDHW, changes = layout.to_map(x_TD.detach().float()), []
+        for factor in factors:
+            mean_BDHW = _patch_mean(map_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+            changes.append(mean_BDHW - map_BDHW[..., : mean_BDHW.shape[2], : mean_BDHW.shape[3]])
         for draw in range(draws):
             if kind == "features":
                 projected = (output_BC * torch.randint_like(output_BC, 2).mul(2).sub(1)).sum()
@@ -77,11 +82,8 @@ def image_losses(
                 projected = output_BC.gather(1, classes_B1).log().sum()
             (slope_TD,) = torch.autograd.grad(projected, x_TD, retain_graph=draw + 1 < draws)
             slope_BDHW = layout.to_map(slope_TD.float())
-            for number, size in enumerate(sizes):
-                factor = size // trunk.patch_size
-                change_BDHW = _patch_mean(map_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+            for number, (factor, change_BDHW) in enumerate(zip(factors, changes)):
                 height, width = change_BDHW.shape[2:]
-                change_BDHW = change_BDHW - map_BDHW[..., :height, :width]
                 change_B1HW = (slope_BDHW[..., :height, :width] * change_BDHW).sum(1, keepdim=True)
                 found[number] = found[number] + (factor**2 * _patch_mean(change_B1HW, factor)[:, 0]).square() / draws
         return found
@@ -98,14 +100,14 @@ def _embedded_tokens(trunk: AdaptiveTrunk, sizes: Sequence[int]) -> Iterator[lis
         tokens.append(x_TD.detach().requires_grad_())
         return tokens[-1]
 
-    # With thresholds of 0 nothing merges, and timm's networks run on packed tokens all the same.
-    thresholds, trunk.thresholds = trunk.thresholds, dict.fromkeys(sizes, 0.0)
     handle = trunk.adaptive_embed.register_forward_hook(keep)
     try:
-        yield tokens
+        with merging_off(trunk):
+            # With thresholds of 0 nothing merges either, but timm's networks run on packed tokens.
+            trunk.thresholds = dict.fromkeys(sizes, 0.0)
+            yield tokens
     finally:
         handle.remove()
-        trunk.thresholds = thresholds
 
 
 def merging_losses(maps_BCHW: Tensor, factors: Sequence[int], kind: str = "probabilities") -> list[Tensor]:

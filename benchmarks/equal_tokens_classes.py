@@ -73,7 +73,7 @@ class ClassStudy(Study):
         paths = [Path(path) for path, _ in found[0].samples]
         unlabelled = sorted(random.Random(0).sample(range(len(paths)), min(UNLABELLED, len(paths) // 2)))
         self.unlabelled = [paths[number] for number in unlabelled]
-        is_tested = self.is_test_split if official else torch.ones(len(self.labels), dtype=torch.bool)
+        is_tested = self.is_test_split | (not official)
         is_tested[unlabelled] = False
         self.tested = is_tested.nonzero()[:, 0]
         self.prepare = transforms.Resize(BASE[0], transforms.InterpolationMode.BICUBIC)  # of training views
@@ -141,7 +141,8 @@ class ClassStudy(Study):
         for pixels in track(DataLoader(data, VIEWS_OF_A_STEP, num_workers=1), "LoRA", console=console):
             images = self.normalized(pixels.float())
             smaller = F.interpolate(images, chance.choice(SMALLER), mode="bicubic", antialias=True)
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            # Whoever measures with it may be in autocast, whose cache would keep the first step's weights.
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
                 with torch.no_grad(), model.disable_adapter():
                     dense = model(images).float()
                 found = model(smaller).float()
@@ -160,8 +161,6 @@ class ClassStudy(Study):
         if not file.is_file():
             found = {name: [] for name in (*POOLS, "tokens")}
             torch.manual_seed(0)
-            if setting.method == "lora":
-                _ = self.with_lora  # before autocast, which would go on with the weights as they are before training
             pictures = self.pictures(SPLITS, setting.image)
             batches = DataLoader(pictures if every else Subset(pictures, self.tested), 16, num_workers=1)
             with self.as_set(setting):
@@ -299,11 +298,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with train, validation and test, a folder per class in each")
     parser.add_argument("--official", action="store_true", help="test on the test split (default: five folds)")
     parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, measured as well")
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/equal_tokens_clothing.json"), help="(%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_[FOLDER].json")
     args = parser.parse_args()
-    study = ClassStudy(args.folder, args.official, args.weights, args.work_dir, getattr(torch, args.dtype))
+    name, dtype = args.folder.resolve().name, getattr(torch, args.dtype)
+    study = ClassStudy(args.folder, args.official, args.weights, args.work_dir / name, dtype)
     settings = all_settings(args.also)
     tokens = {setting: float(study.features(setting)["tokens"].float().mean()) for setting in settings}
     labels, values = study.labels[study.tested], {}
@@ -316,8 +314,9 @@ def main() -> None:
         entries = [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
         results += [{**entry, "ms": round(times[s.name], 1)} for s, entry in zip(settings, entries)]
     content = {**about("equal_tokens_classes", args), "images": len(labels), "results": results}
-    write_atomically(args.out, json.dumps(content, indent=1) + "\n")
-    draw(args.out.with_suffix(".png"), results)
+    out = args.out or Path(f"docs/results/equal_tokens_{name}.json")
+    write_atomically(out, json.dumps(content, indent=1) + "\n")
+    draw(out.with_suffix(".png"), results)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def arrange(dataset: Path, out: Path) -> None:
     Raises:
         FileNotFoundError: a list, or a picture that one names, is missing.
     """
+    if missing := [f"{split}.txt" for split in SPLITS if not (dataset / f"{split}.txt").is_file()]:
+        raise FileNotFoundError(f"{dataset} lacks {', '.join(missing)}: give the repository's folder called dataset")
     for split, folder in SPLITS.items():
         for line in (dataset / f"{split}.txt").read_text().splitlines():
             picture, number, _ = (part.strip() for part in line.split(","))

@@ -32,6 +32,7 @@ from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from apt_backbones.selection import normalize
 from tools.machine import processor
+from tools.steps import digest
 
 from . import tome
 
@@ -338,7 +339,7 @@ class Study:
                     spent[name].append(statistics.median(values))
             return {name: statistics.mean(values) for name, values in spent.items()}
 
-        return self.kept(name, measure)
+        return self.kept(f"{name}_{digest([setting.name for setting in settings])}", measure)
 
     def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
         """What is timed: for dense images, LoRA being merged, timm's own network, unless maps are filled."""

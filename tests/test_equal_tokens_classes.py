@@ -58,13 +58,13 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     entropy = by_name["apt", "entropy", "56x56", "cls"]
     assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
     assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
-    features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()}
+    features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "photos" / "features").iterdir()}
     assert by_name["apt", "other", "56x56", "cls"]["tokens"] > 0
     # Dense, once of every image, and LoRA; learned, with adapters; entropy, upsample_mse, random, ToMe; the other.
     expected = 4 + 1 + 2 + 2 + 2 + 1 + 4 + 1
     assert len(features) == expected
     classes.main()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "features").iterdir()} == features
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "photos" / "features").iterdir()} == features
     assert json.loads(out.read_text()) == found
 
 
@@ -110,6 +110,19 @@ def test_grocery_is_arranged_by_its_lists(tmp_path):
     grocery.arrange(tmp_path, tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.jpg")}
     assert found == {"train/03_Kiwi/1.jpg", "validation/03_Kiwi/1.jpg", "test/12_Oat/1.jpg"}
+    with pytest.raises(
+        FileNotFoundError, match=r"out lacks train\.txt, val\.txt, test\.txt: give the repository's folder"
+    ):
+        grocery.arrange(tmp_path / "out", tmp_path)
+
+
+def test_what_is_measured_as_well_is_timed_as_well(data, small, tmp_path):
+    of_small = classes.ClassStudy(data, False, None, tmp_path, torch.float32)
+    settings = [Setting("dense", size) for size in classes.SMALLER]
+    alone = of_small.milliseconds(settings[:1])
+    both = of_small.milliseconds(settings)
+    assert set(both) == {setting.name for setting in settings}
+    assert of_small.milliseconds(settings[:1]) == alone and of_small.milliseconds(settings) == both, "kept"
 
 
 @torch.inference_mode()

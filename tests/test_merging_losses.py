@@ -90,7 +90,9 @@ def test_of_a_whole_image_it_is_the_first_order_of_what_changes(kind, size):
     assert [part.shape for part in found] == [(2, 4, 4), (2, 2, 2)]
     torch.testing.assert_close(found[(28, 56).index(size)][:, 1, 0], expected, rtol=1e-2, atol=0)
     assert vit.thresholds == {28: 0.5, 56: 0.5}, "as before"
-    assert vit.adaptive_embed(images, vit.layout(images), vit.projection(), None).grad_fn is not None, ()
+    assert vit.adaptive_embed(images, vit.layout(images), vit.projection(), None).grad_fn is not None, (
+        "no leaf any more"
+    )
 
 
 def test_over_many_draws_it_is_a_squared_distance_or_a_divergence():
