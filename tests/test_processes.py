@@ -154,4 +154,5 @@ def test_a_killed_process_ends_the_others_within_a_minute(task, tmp_path):
     survivor, killed = start_ranks(2, tmp_path, _train_until_killed, task, tmp_path)
     assert end(killed) == -signal.SIGKILL
     assert end(survivor, timeout=60) == 1
-    assert re.search("Connection (closed|reset) by peer", (tmp_path / "0.log").read_text())
+    error = r"RuntimeError: \[\S*gloo\S*\] .*Connection (closed|reset) by peer"  # which one depends on the moment
+    assert re.search(error, (tmp_path / "0.log").read_text())
