@@ -155,8 +155,9 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
         and ``image_tokens`` override the configuration's.
 
         Raises:
-            ValueError: the checkpoint is damaged, lacks tensors other than all of APT's new layers, or is no
-                LLaVA-1.5; or the device map offloads the vision tower; or an option looks like a misspelt one.
+            ValueError: the checkpoint is damaged, lacks tensors other than all of the embedding's new layers or all
+                adapters, or is no LLaVA-1.5; or the device map offloads the vision tower; or an option looks like a
+                misspelt one.
             OSError: there is no such checkpoint, or its weights are not in safetensors files.
         """
         refuse_misspelt(kwargs)
@@ -175,10 +176,9 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
             )
         except SafetensorError as error:
             raise ValueError(f"{pretrained_model_name_or_path} has a damaged safetensors file ({error})") from error
-        missing = set(info["missing_keys"])
-        new_layers = {name for name, _ in model.named_parameters() if is_new(name)}
-        if missing not in (set(), new_layers):
-            lost = sorted(missing - new_layers) or sorted(missing)
+        missing, new_layers = set(info["missing_keys"]), [name for name, _ in model.named_parameters() if is_new(name)]
+        kinds = [{name for name in new_layers if kind in name} for kind in ("adaptive_embed", "token_adapters")]
+        if lost := sorted(missing.difference(*(kind for kind in kinds if kind <= missing))):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(lost)} tensors, among them {lost[0]}; "
                 "a complete LLaVA-1.5 checkpoint in transformers' layout is needed"

@@ -138,13 +138,25 @@ def test_new_layers_of_other_thresholds_or_models_are_refused(checkpoint, tmp_pa
         load_new_layers(load(checkpoint, **ON)[0], tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("count, lost", [(1, "layers.0.mlp.fc1.weight"), (2, "zero_mlp")])
-def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path, count, lost):
-    """That lack some of LLaVA's tensors, or half of the new layers."""
-    model = load(checkpoint, **ON)[0]
+def test_what_was_fine_tuned_gets_adapters(checkpoint, tmp_path):
+    """They are zero, so that it says what it said before."""
+    model, processor = load(checkpoint, **ON)
+    torch.nn.init.normal_(model.model.vision_tower.adaptive_embed.zero_mlp.weight)
+    model.save_pretrained(tmp_path)
+    adapted = LlavaAptForConditionalGeneration.from_pretrained(tmp_path, adapter_rank=2).eval()
+    inputs = processor(images=photo(), text=PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(adapted(**inputs).logits, model(**inputs).logits)
+    assert adapted.model.vision_tower.token_adapters[0].qkv.down.weight.any()
+
+
+@pytest.mark.parametrize("lost", ["layers.0.mlp.fc1.weight", "zero_mlp.weight", "adapters.0.mlp.up"])
+def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path, lost):
+    """That lack some of LLaVA's tensors, or some of the embedding's new layers, or some of the adapters'."""
+    model = load(checkpoint, adapter_rank=2, **ON)[0]
     weights = {name: tensor for name, tensor in model.state_dict().items() if lost not in name}
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=rf"lacks {count} tensors.*{lost}"):
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors.*{lost}"):
         LlavaAptForConditionalGeneration.from_pretrained(tmp_path)
 
 
