@@ -13,8 +13,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apt_backbones import adapt
+from apt_backbones.distance import merging_off
+from apt_backbones.images import to_tensor
+from apt_backbones.learned import load_scorer
+from apt_backbones.new_layers import load_new_layers
 from tests.golden import relative_error
+from tests.scripts import run_script
 from tools import test, train
+from tools.frozen_model import frozen_model
+from tools.mm_model import MMModel
+from tools.patch_settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "cls_configs").glob("*.py"))
@@ -113,6 +121,54 @@ def test_dense_is_timm_and_a_merged_patch_counts_by_its_area(global_pool):
         assert relative_error(adaptive(images), adaptive.head(adaptive.fc_norm(torch.stack(means)))) <= 1e-5
     else:
         assert relative_error(adaptive(images), adaptive.head(tokens[:, 0])) <= 1e-5
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    """A configuration of a small adaptive network with adapters, and its weights as timm has them."""
+    network = dict(NETWORK, num_classes=2, merge="resizing", adapter_rank=2)
+    dataset = dict(model=NETWORK["model"], img_size=NETWORK["img_size"])
+    lines = [f"_base_ = {str(ROOT / 'cls_configs/vit_b_16_224_apt.py')!r}", f"model = {network}"]
+    (tmp_path / "small.py").write_text("\n".join([*lines, f"test_dataloader = dict(dataset={dataset})"]))
+    torch.manual_seed(0)
+    model = timm.create_model(NETWORK["model"], img_size=64, depth=2, num_classes=2)
+    save_file(model.state_dict(), tmp_path / "small.safetensors")
+    return str(tmp_path / "small.py"), str(tmp_path / "small.safetensors"), model.eval()
+
+
+def test_tools_see_what_a_classifier_sees(data, small_config):
+    config, weights, host = small_config
+    settings, cfg = settings_of(config), Config.fromfile(config)
+    assert (settings.patch_size, settings.thresholds, settings.scorer) == (16, {32: 5.5, 64: 5.5}, "entropy")
+    dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, data_root=str(data / "val")))
+    path, frozen = dataset.samples[0][0], frozen_model(config, weights, None)
+    images = frozen.normalized(to_tensor(settings.prepare(Image.open(path).convert("RGB"))))
+    torch.testing.assert_close(images[0], dataset[0]["inputs"], rtol=0, atol=1e-5)
+    with torch.no_grad(), merging_off(frozen.trunk):
+        torch.testing.assert_close(frozen.head(images), host(images).softmax(1))
+        torch.testing.assert_close(host.head(frozen.pooled(images)), host(images))
+        assert frozen.features(images).shape == (1, 192, 4, 4)
+    with pytest.raises(ValueError, match=r"small\.py is a classifier's; this is for detectors and segmenters"):
+        MMModel(config, weights)
+    with pytest.raises(ValueError, match="has no thresholds: its model is dense"):
+        frozen_model(str(ROOT / "cls_configs/vit_b_16_224_dense.py"), weights, None)
+
+
+def test_what_classifiers_learn_without_labels(data, small_config, tmp_path, monkeypatch, capsys):
+    """A scorer from what the classifier says, thresholds, and adapters."""
+    config, weights, _ = small_config
+    images, scorer = ["--images", data / "val"], tmp_path / "scorer.safetensors"
+    model = [config, "--weights", weights, *images, "--device", "cpu"]
+    run_script(monkeypatch, "tools/distill_scorer.py", *model, "--epochs", 1, "--copies", 1, "--out", scorer)
+    found = load_scorer(scorer)
+    assert (found.sizes, found.origin["target"], found.origin["view"]) == ((32, 64), "head", [128, 128])
+    run_script(monkeypatch, "tools/calibrate.py", *images, "--config", config, "--scorer", scorer, "--keep", 0.7)
+    assert "thresholds={32: " in capsys.readouterr().out
+    layers = ["--out", tmp_path / "adapters.safetensors", "--iterations", 3, "--batch", 2, "--rate", 0.1]
+    run_script(monkeypatch, "tools/finetune_features.py", *model, "--scorer", scorer, "--keep", 0.7, *layers)
+    classifier = MODELS.build(Config.fromfile(config).model)
+    load_new_layers(classifier, tmp_path / "adapters.safetensors")
+    assert classifier.trunk.token_adapters[0].mlp.up.weight.any()
 
 
 def test_mixup_gives_soft_targets_in_training_only():

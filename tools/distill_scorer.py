@@ -12,7 +12,8 @@ examples:
 
 The scorer predicts what merging a patch loses: how much the dense model's output differs within it, be that what a
 segmenter's head says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target
-features; all other models); or how much what a classifier reads of the whole image changes (--target pooled).
+features; all other models); or how much what a classifier says (--target head) or reads (--target pooled) of the whole
+image changes.
 Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run resumes. Runs without a GPU.
 """
 
@@ -38,8 +39,9 @@ FITTED_ON = 64  # views whose features are clustered
 def losses_of(frozen: Frozen, target: str, views: ViewSettings, paths: Sequence[Path], prototypes: int) -> Losses:
     """What merging loses of the head's probabilities, of the features' clusters, or of what a classifier reads."""
     sizes = tuple(frozen.settings.thresholds)
-    if target == "pooled":
-        return image_losses(frozen.trunk, lambda pixels: frozen.pooled(frozen.normalized(pixels)), sizes)
+    if target == "pooled" or (target == "head" and frozen.is_classifier):
+        say, kind = (frozen.head, "probabilities") if target == "head" else (frozen.pooled, "features")
+        return image_losses(frozen.trunk, lambda pixels: say(frozen.normalized(pixels)), sizes, kind)
     if target == "head":
         say = frozen.head
     else:
@@ -101,7 +103,7 @@ def main() -> None:
     paths = chance.sample(paths, min(args.sample, len(paths)))
     held_out, paths = paths[: max(1, len(paths) // 10)], paths[max(1, len(paths) // 10) :]
     sizes = tuple(frozen.settings.thresholds)
-    views = ViewSettings(frozen.view_size(args.view, read_rgb(paths[0])), copies=args.copies, seed=args.seed)
+    views = frozen.views(args.view, read_rgb(paths[0]), max(sizes), copies=args.copies, seed=args.seed)
     origin = {
         "model": args.model,
         "weights": steps.fingerprint(args.weights) if args.weights else "its own",

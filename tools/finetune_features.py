@@ -22,7 +22,6 @@ from torch import Tensor
 
 from tools.cli import check_at_least, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
-from apt_backbones.distill import ViewSettings
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
@@ -100,7 +99,7 @@ def main() -> None:
     def outputs(pixels: Tensor) -> Tensor:
         return say(frozen.normalized(pixels))
 
-    views = ViewSettings(frozen.view_size(args.view, read_rgb(paths[0])), seed=args.seed)
+    views = frozen.views(args.view, read_rgb(paths[0]), trunk.patch_size, seed=args.seed)
     key = [
         args.model,
         args.weights,

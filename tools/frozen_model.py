@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from apt_backbones.distill import ViewSettings
 from apt_backbones.scores import check_sizes
 from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
@@ -28,7 +29,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
     add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
-    add("--target", choices=TARGETS, help="default: head for segmenters, features for all others")
+    add("--target", choices=TARGETS, help="default: head for segmenters and classifiers, features for all others")
     add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
     add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
     add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
@@ -51,8 +52,10 @@ class Frozen(NamedTuple):
         trunk: its trunk, with the present thresholds of which the following run.
         settings: its patches, and how large it sees images.
         features: normalized images to feature maps (B, C, H, W).
-        head: normalized images to a segmenter's probabilities (B, classes, ...); None where there is no such head.
+        head: normalized images to the probabilities of a segmenter (B, classes, ...) or a classifier (B, classes); None
+            where there is neither.
         pooled: normalized images to what a classifier reads (B, C); None where nothing is pooled.
+        is_classifier: whether the head is a classifier's.
     """
 
     model: nn.Module
@@ -61,35 +64,37 @@ class Frozen(NamedTuple):
     features: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor] | None
     pooled: Callable[[Tensor], Tensor] | None = None
+    is_classifier: bool = False
 
     def seeing(self, longest: int) -> "Frozen":
         """The same model, which sees images with another longest side in pixels."""
         return self._replace(settings=replace(self.settings, prepare=with_longest_side(longest)))
 
     def target(self, asked: str | None) -> str:
-        """What is learned from: what is asked for, else "head" for segmenters and "features" for all others.
+        """What is learned from: what is asked for, else "head" where there is one and "features" for all others.
 
         Raises:
             ValueError: the head of a model that has none, or pooled features where nothing is pooled.
         """
         if asked == "head" and self.head is None:
-            raise ValueError("the model has no segmentation head; use --target features")
+            raise ValueError("the model has no head that segments or classifies; use --target features")
         if asked == "pooled" and self.pooled is None:
-            raise ValueError("pooled features are those of timm's models; use --target features")
+            raise ValueError("pooled features are those of classifiers and timm's models; use --target features")
         return asked or ("features" if self.head is None else "head")
 
-    def view_size(self, asked: Sequence[int] | None, image: Image.Image) -> tuple[int, int]:
-        """Height and width of a view of an image: what is asked for, or all of it, in whole largest patches.
+    def views(self, asked: Sequence[int] | None, image: Image.Image, unit: int, **options) -> ViewSettings:
+        """Of the height and width that are asked for, or of all of an image, in whole units of so many pixels.
+        Classifiers see no padding, so their views are filled.
 
         Raises:
             ValueError: more than two sides are asked for.
         """
         if asked and len(asked) > 2:
             raise ValueError("--view takes one side, or height and width")
-        largest = max(self.settings.thresholds)
         sides = asked or [min(side, LARGEST_VIEW) for side in self.settings.prepare(image).size[::-1]]
-        height, width = (max(2, side // largest) * largest for side in (*sides, *sides)[:2])
-        return height, width
+        height, width = (max(2, side // unit) * unit for side in (*sides, *sides)[:2])
+        scales = {"scales": (1.0, 1.4)} if self.is_classifier else {}
+        return ViewSettings((height, width), **scales, **options)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Images (B, 3, height, width) in 0..255 as the trunk takes them, on its device."""
@@ -133,8 +138,11 @@ def frozen_model(
 
 
 def _of_config(config: str, weights: str) -> Frozen:
+    from tools.mm_config import is_classifier, read_config
     from tools.mm_model import MMModel
 
+    if is_classifier(read_config(config)):
+        return _of_classifier(config, weights)
     mm = MMModel(config, weights)
 
     def head(images: Tensor) -> Tensor:
@@ -150,6 +158,33 @@ def _of_config(config: str, weights: str) -> Frozen:
 
     has_head = hasattr(mm.model, "decode_head")
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)
+
+
+def _of_classifier(config: str, weights: str) -> Frozen:
+    from mmengine.registry import MODELS
+
+    from apt_backbones import load_converted, read_checkpoint
+    from tools.mm_config import read_config
+
+    settings = settings_of(config)
+    if not settings.thresholds:
+        raise ValueError(f"{config} has no thresholds: its model is dense; name an adaptive configuration")
+    options = read_config(config).model
+    options["model_options"] = {**options.get("model_options", {}), "dynamic_img_size": True}  # for views of any size
+    model = MODELS.build(options).eval()
+    load_converted(model, read_checkpoint(weights))
+    trunk = model.trunk
+
+    def features(images: Tensor) -> Tensor:
+        return torch.cat(trunk.feature_maps(images, norm=True), 1)
+
+    def head(images: Tensor) -> Tensor:
+        return trunk(images).float().softmax(1)
+
+    def pooled(images: Tensor) -> Tensor:
+        return trunk.forward_head(trunk.forward_features(images), pre_logits=True)
+
+    return Frozen(model, trunk, settings, features, head, pooled, True)
 
 
 def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, options: dict) -> Frozen:

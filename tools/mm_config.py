@@ -61,7 +61,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def read_config(path: str, import_custom_modules: bool = True) -> Config:
-    """An mmdetection or mmsegmentation configuration file; raises as ``load_config``.
+    """A detection, segmentation or classification configuration file; raises as ``load_config``.
 
     Args:
         import_custom_modules: without, the toolbox that a configuration is for need not be installed.
@@ -76,6 +76,11 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
             f"{path} configures no model; name one of det_configs/, seg_configs/, cls_configs/, not _base_/"
         )
     return cfg
+
+
+def is_classifier(cfg: Config) -> bool:
+    """Whether a configuration is of this project's classification, whose trunk is not called ``backbone``."""
+    return TASKS.get(cfg.get("default_scope")) == "cls"
 
 
 def merge_number_keys(settings: dict) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apt_backbones import load_converted, read_checkpoint
 from apt_backbones.distance import FeatureDistance, dense_features, feature_distance, merging_off
-from tools.mm_config import read_config
+from tools.mm_config import is_classifier, read_config
 
 NEEDS_FILE = ("LoadImageFromFile", "LoadAnnotations", "CheckSegMap")  # steps that images at hand go without
 
@@ -44,11 +44,14 @@ class MMModel:
             missing.
 
     Raises:
-        FileNotFoundError, ValueError: files that are missing, damaged, or do not fit each other; a dense model.
+        FileNotFoundError, ValueError: files that are missing, damaged, or do not fit each other; a dense model, or a
+            classifier.
     """
 
     def __init__(self, config: str, checkpoint: str):
         self.cfg = read_config(config)
+        if is_classifier(self.cfg):
+            raise ValueError(f"{config} is a classifier's; this is for detectors and segmenters")
         init_default_scope(self.cfg.get("default_scope", "mmengine"))
         self.model = MODELS.build(self.cfg.model.get("module", self.cfg.model)).eval()
         load_converted(self.model, read_checkpoint(checkpoint))

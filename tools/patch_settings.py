@@ -19,7 +19,7 @@ class PatchSettings:
         thresholds: merged size -> threshold.
         scorer: whose unit the thresholds have.
         prepare: an image as its file has it -> as the model sees it, without the padding of a detector's or segmenter's
-            batch; LLaVA's squares, whose padding the language model gets, too, are with it.
+            batch; LLaVA's squares, whose padding the language model gets, too, are with it. A classifier's are cropped.
     """
 
     patch_size: int
@@ -29,7 +29,7 @@ class PatchSettings:
 
 
 def settings_of(config: str) -> PatchSettings:
-    """Settings by a detection or segmentation configuration, or by the folder of a LLaVA model.
+    """Settings by a detection, segmentation or classification configuration, or by the folder of a LLaVA model.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -50,20 +50,38 @@ def with_longest_side(pixels: int | None) -> Callable[[Image.Image], Image.Image
 
 
 def _mm_settings(config: str) -> PatchSettings:
-    from tools.mm_config import read_config
+    from tools.mm_config import is_classifier, read_config
 
     cfg = read_config(config)
     model = cfg.model.get("module", cfg.model)  # test-time augmentation wraps the model
-    backbone = model.get("backbone", {})
-    patch_size = backbone.get("patch_size", 16)
+    if is_classifier(cfg):
+        backbone, patch_size, prepare = model, _patch_size_of(model), _cls_prepare(cfg.test_dataloader.dataset)
+    else:
+        backbone = model.get("backbone", {})
+        patch_size = backbone.get("patch_size", 16)
+        resizes = [step for step in cfg.get("test_pipeline", []) if "scale" in step]
+        prepare = _mm_resize(resizes[0]) if resizes else with_longest_side(None)
     thresholds = {int(size): float(threshold) for size, threshold in (backbone.get("thresholds") or {}).items()}
-    resizes = [step for step in cfg.get("test_pipeline", []) if "scale" in step]
-    return PatchSettings(
-        patch_size,
-        check_thresholds(thresholds, patch_size),
-        backbone.get("scorer", "entropy"),
-        _mm_resize(resizes[0]) if resizes else with_longest_side(None),
-    )
+    scorer = backbone.get("scorer", "entropy")
+    return PatchSettings(patch_size, check_thresholds(thresholds, patch_size), scorer, prepare)
+
+
+def _patch_size_of(model: dict) -> int:
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        return timm.create_model(model["model"], **model.get("model_options", {})).patch_embed.patch_size[0]
+
+
+def _cls_prepare(dataset: dict) -> Callable[[Image.Image], Image.Image]:
+    """The steps of a test's transform that are made on images."""
+    from torchvision.transforms import Compose
+
+    from apt_backbones.mm.cls import transform_of
+
+    transform = transform_of(dataset["model"], dataset.get("img_size"), **dataset.get("transform", {}))
+    return Compose([step for step in transform.transforms if hasattr(step, "size")])
 
 
 def _mm_resize(step: dict) -> Callable[[Image.Image], Image.Image]:

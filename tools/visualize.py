@@ -135,7 +135,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("paths", nargs="+", metavar="IMAGE|DIR|VIDEO", help="files, or folders to search for images and videos")
-    add("--config", help="detection or segmentation config, or folder of a LLaVA model, to take all settings from")
+    add("--config", help="config of any task, or folder of a LLaVA model, to take all settings from")
     add("--checkpoint", metavar="FILE", help="weights of that config: predictions are drawn, too, dense and adaptive")
     add("--patch-size", type=int, help="side of the base patch in pixels (default: the config's, or 16)")
     add(

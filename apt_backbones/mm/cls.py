@@ -14,8 +14,17 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose
 
 from ..backbones.timm_vit import adapt, timm_weights
+
+
+def transform_of(model: str, img_size: int | None = None, is_training: bool = False, **options) -> Compose:
+    """timm's transform of an image for a network; arguments as of ``FolderOfClasses``."""
+    of_model = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
+    if img_size is not None:
+        of_model["input_size"] = (3, img_size, img_size)
+    return create_transform(is_training=is_training, **{**of_model, **options})
 
 
 @DATASETS.register_module()
@@ -41,10 +50,7 @@ class FolderOfClasses(ImageFolder):
         is_training: bool = False,
         transform: dict | None = None,
     ):
-        options = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
-        if img_size is not None:
-            options["input_size"] = (3, img_size, img_size)
-        super().__init__(data_root, create_transform(is_training=is_training, **{**options, **(transform or {})}))
+        super().__init__(data_root, transform_of(model, img_size, is_training, **(transform or {})))
         self.metainfo = {"classes": tuple(self.classes)}  # mmengine stores it in checkpoints
 
     def __getitem__(self, index: int) -> dict:
