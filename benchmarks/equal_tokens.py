@@ -34,6 +34,7 @@ from apt_backbones.files import write_atomically
 from apt_backbones.layout import PatchLayout
 from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.scores import SCORERS
+from apt_backbones.trunk import AdaptiveTrunk
 
 from .segmentation import Dataset, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
 from .study import MERGED, PATCH, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
@@ -41,6 +42,7 @@ from .study import MERGED, PATCH, Setting, Study, about, between, console, cpu_s
 BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
 SMALLER = ((196, 252), (210, 280), (238, 322), (266, 350), (308, 406))
+TUNED = SMALLER[:4]  # sizes that LoRA learns to read, from the smallest base image
 # Tokens that adaptive patches are calibrated to, per base image of 520, 768 and 1036 tokens.
 BUDGETS = {
     (280, 364): (260, 302, 346, 390, 468),
@@ -52,6 +54,8 @@ SCORER_SEEDS = (0, 1, 2)  # for the smallest base image
 TRUE = "true losses"  # a scorer that knows them: the ceiling of all scorers
 PART_COPIES = 6  # of training images, random parts for scorers
 VIEWED = (0.55, 1.1)  # zooms of the largest base image in training views of learned maps
+NEARLY_WHOLE = (0.66, 0.92)  # the same for LoRA, to which whole images are shown later
+VIEWS_OF_A_STEP = 4  # of LoRA's training
 CHUNK = 32
 DRAWS = 100  # samples of the test images for the error of gains
 FILLS = ("repeat", "interpolate", "learned")
@@ -102,7 +106,8 @@ TASKS = {
         "clusters in 8 variants) and by 12 variants of the first; "
         "filling maps in 22 fixed ways, 18 guided by colours or patch embeddings, and by 2 trained layers; finer maps, "
         "interpolated and by 6 trained layers; 6 more layers at strong merging; "
-        "1 fine-tune of the embedding without labels. On the test split nothing was chosen",
+        "1 fine-tune of the embedding and 1 of adapters without labels; LoRA for smaller images from larger ones of 2 "
+        "sizes. On the test split nothing was chosen",
     ),
     "camvid_upernet": Task(
         "UperNet",
@@ -141,6 +146,7 @@ def all_settings(name: str) -> list[Setting]:
         budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
         dense, pixel = fills[:1], fills[1:2]
     settings = [Setting("dense", size, fill=fill) for size in sorted((*SMALLER, *BASES)) for fill in dense]
+    settings += [Setting("lora", size, fill=fill) for size in TUNED for fill in dense]
     for size, every in budgets.items():
         filled = fills if size == BASES[0] else fills[1:]
         for budget in every:
@@ -262,13 +268,25 @@ class SegmentationStudy(Study):
     def detail_file(self) -> Path:
         """Learned from the linear heads, with the thresholds of all budgets."""
         settings = [Setting("apt", size, "learned", budget) for size, every in BUDGETS.items() for budget in every]
-        views = ViewSettings(BASES[0], scales=VIEWED)
-
-        def prepare(image: Image.Image) -> Image.Image:
-            return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
-
+        views, paths = ViewSettings(BASES[0], scales=VIEWED), self.data.paths["train"]
         self.forget()
-        return self.trained_detail(settings, self.probabilities, self.data.paths["train"], views, prepare=prepare)
+        return self.trained_detail(settings, self.probabilities, paths, views, prepare=self.enlarged)
+
+    @cached_property
+    def with_lora(self) -> AdaptiveTrunk:
+        """It learned to let the linear heads say of smaller images what they say of those of the smallest base size."""
+
+        def say(vit: AdaptiveTrunk, images: Tensor) -> Tensor:
+            vit.map_fill = "interpolate"
+            return self.probabilities(torch.cat(vit.feature_maps(images, self.blocks, norm=True), 1))
+
+        views, paths = ViewSettings(BASES[0], scales=NEARLY_WHOLE), self.data.paths["train"]
+        self.forget()
+        return self.trained_lora(TUNED, say, "probabilities", paths, views, VIEWS_OF_A_STEP, self.enlarged)
+
+    def enlarged(self, image: Image.Image) -> Image.Image:
+        """As large as the largest base image."""
+        return self.data.prepare(image).resize(BASES[-1][::-1], Image.Resampling.BICUBIC)
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == TRUE and TRUE not in SCORERS:
@@ -368,7 +386,8 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
     Means over the heads, and over the seeds of learned scorers, between whose gains ``spread`` is the standard
     deviation; ``error`` is that of the gain over samples of the images. Between two sizes the dense curve is a straight
     line, and points beyond it are left out. ``kept`` compares with smaller images read by the same head, their maps
-    filled alike where they can be; ``own`` with heads trained at the smaller images' sizes.
+    filled alike where they can be; ``own`` with heads trained at the smaller images' sizes; ``lora`` with what ``kept``
+    compares with, read by the network that learned to.
     """
     tested = [line for line in results if line["split"] == "test"]
 
@@ -386,6 +405,8 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
     own = curve([line for line in dense if line["head"] == line["image"] and line["fill"] == "repeat"])
     read = {fill: [line for line in dense if (line["head"], line["fill"]) == (kept_head, fill)] for fill in FILLS}
     kept = {fill: curve(lines) for fill, lines in read.items() if lines}
+    tuned = [line for line in tested if line["method"] == "lora"]
+    tuned = {fill: curve([line for line in tuned if line["fill"] == fill]) for fill in kept}
     found, points = [], {}
     for line in tested:
         if line["method"] != "dense" and line["head"] == kept_head:
@@ -396,16 +417,19 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
         entry["tokens"] = round(statistics.mean(tokens for tokens, _ in by_scorer), 2)
         entry["mIoU"] = round(statistics.mean(values[0] for _, values in by_scorer), 2)
         # Learned maps are interpolated where nothing merges.
-        smaller = kept.get({"learned": "interpolate"}.get(entry["fill"], entry["fill"]), kept["repeat"])
-        for name, dense_curve in (("kept", smaller), ("own", own)):
+        fill = {"learned": "interpolate"}.get(entry["fill"], entry["fill"])
+        fill = fill if fill in kept else "repeat"
+        for name, dense_curve in (("kept", kept[fill]), ("own", own), ("lora", tuned[fill])):
             over = [(values, between(dense_curve, tokens)) for tokens, values in by_scorer]
-            entry |= {name: None} | ({"spread": None, "error": None} if name == "kept" else {})
+            error = {"kept": "error", "lora": "lora_error"}.get(name)
+            entry |= {name: None} | ({error: None} if error else {}) | ({"spread": None} if name == "kept" else {})
             if all(at is not None for _, at in over):
                 differences = np.stack([values - at for values, at in over])
                 entry[name] = round(differences[:, 0].mean(), 2)
                 if name == "kept":
                     entry["spread"] = round(differences[:, 0].std(ddof=1), 2) if len(over) > 1 else None
-                    entry["error"] = round(differences[:, 1:].mean(0).std(), 2)
+                if error:
+                    entry[error] = round(differences[:, 1:].mean(0).std(), 2)
         found.append(entry)
     return found
 
@@ -427,6 +451,10 @@ def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
         lines = [line for line in read if (line["method"], line["fill"]) == ("dense", fill)]
         curves |= {f"dense, smaller images{title}": lines} if lines else {}
     smaller = len(curves)
+    tuned = [line for line in read if line["method"] == "lora"]
+    for fill in list(dict.fromkeys(line["fill"] for line in tuned))[-1:]:
+        of_fill = [line for line in tuned if line["fill"] == fill]
+        curves[f"dense, smaller images, LoRA{titles[fill]}"] = of_fill
     for fill in ("repeat", task.fills[-1]):
         for image in images:
             title = titles[fill]
@@ -485,7 +513,8 @@ def main() -> None:
     chosen = []
     if name == task.teacher:
         points = {(BASES[0], OTHERS[0]), *((size, every[0]) for size, every in BUDGETS.items())}
-        chosen = [s for s in settings if s.method == "dense" or (s.method == "apt" and (s.image, s.budget) in points)]
+        chosen = [s for s in settings if s.method == "apt" and (s.image, s.budget) in points]
+        chosen = [s for s in settings if s.method in ("dense", "lora") or s in chosen]
         chosen = [s for s in chosen if s.seed == 0]
         chosen += [Setting("apt", BASES[0], file, OTHERS[0], fill=fill) for file in args.also for fill in task.fills]
     quality = {}

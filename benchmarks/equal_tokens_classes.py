@@ -23,8 +23,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,20 +35,22 @@ from apt_backbones import adapt
 from apt_backbones.distill import Views, ViewSettings, make_views, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.merging_losses import image_losses
-from apt_backbones.mm.feature_matching import RandomViews
+from apt_backbones.trunk import AdaptiveTrunk
 
 from . import tome
-from .study import MERGED, Setting, Study, about, between, console, study_parser, train_head
+from .study import MERGED, RANK, Setting, Study, about, between, console, study_parser, train_head
 
 SPLITS = ("train", "validation", "test")
 BASE = (224, 224)
 OTHERS = ((196, 196), (252, 252))  # base sizes, too
 SMALLER = ((140, 140), (168, 168), (182, 182))
+TUNED = (*SMALLER, (196, 196))  # sizes that LoRA learns to read
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the image's tokens
 POOLS = ("cls", "mean by area", "mean by token")
+MEASURES = {"accuracy": 100, "cross_entropy": 1, "divergence": 1}  # and their units
 FOLDS, DRAWS = 5, 200
 UNLABELLED, COPIES = 1200, 4  # images, and views of each that the scorer learns from
-RANK, STEPS, VIEWS_OF_A_STEP, RATE = 16, 450, 8, 1e-4  # of the adapters' training
+VIEWS_OF_A_STEP = 8  # of the training of adapters and LoRA
 
 
 class ClassStudy(Study):
@@ -111,7 +111,7 @@ class ClassStudy(Study):
     def adapters_file(self) -> Path:
         """Learned from the CLS token, with the thresholds of all budgets of the heads' image size."""
         settings = [setting for setting in all_settings() if setting.adapters and setting.image == BASE]
-        options = dict(iterations=STEPS, batch=VIEWS_OF_A_STEP, rate=RATE, prepare=self.prepare)
+        options = dict(batch=VIEWS_OF_A_STEP, prepare=self.prepare)
         return self.trained_layers("adapters", settings, self.vit, self.unlabelled, self.views_of_training, **options)
 
     def milliseconds(self, settings: Sequence[Setting]) -> dict[str, float]:
@@ -120,38 +120,10 @@ class ClassStudy(Study):
         return self.times(settings, read)
 
     @cached_property
-    @torch.inference_mode(False)  # whoever measures with it may be in it
-    def with_lora(self) -> nn.Module:
-        """The network for smaller images, LoRA merged: it learned, as the adapters did, to give of an image of one of
-        the smaller sizes the CLS token that it gives of ``BASE``."""
-        kinds = ["qkv", "proj", "fc1", "fc2"]
-        options = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=kinds, exclude_modules=r"patch_embed\.proj")
-        model, file = get_peft_model(self.original(), options), self.work_dir / "lora.safetensors"
-        if not file.is_file():
-            self.train_lora(model)
-            save_tensors(file, get_peft_model_state_dict(model))
-        set_peft_model_state_dict(model, load_file(file))
-        return model.merge_and_unload().eval().requires_grad_(False)
-
-    def train_lora(self, model: PeftModel) -> None:
-        data = RandomViews(self.unlabelled, self.views_of_training, STEPS * VIEWS_OF_A_STEP, self.prepare)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, weight_decay=0.0)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
-        chance = random.Random(0)
-        for pixels in track(DataLoader(data, VIEWS_OF_A_STEP, num_workers=1), "LoRA", console=console):
-            images = self.normalized(pixels.float())
-            smaller = F.interpolate(images, chance.choice(SMALLER), mode="bicubic", antialias=True)
-            # Whoever measures with it may be in autocast, whose cache would keep the first step's weights.
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-                with torch.no_grad(), model.disable_adapter():
-                    dense = model(images).float()
-                found = model(smaller).float()
-            loss = (found - dense).square().mean() / dense.var(0).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
+    def with_lora(self) -> AdaptiveTrunk:
+        """It learned, as the adapters did, to give of smaller images the CLS token that it gives of ``BASE``."""
+        settings = self.views_of_training, VIEWS_OF_A_STEP, self.prepare
+        return self.trained_lora(TUNED, AdaptiveTrunk.__call__, "features", self.unlabelled, *settings)
 
     @torch.inference_mode()
     def features(self, setting: Setting, every: bool = False) -> dict[str, Tensor]:
@@ -180,10 +152,6 @@ class ClassStudy(Study):
             of_cells = x_BND.gather(1, token_of_cell[..., None].expand(-1, -1, x_BND.shape[2]))
             tokens = (sum(part[2] for part in before) + count) / len(self.vit.blocks)
             return x_BND[:, 0], of_cells.mean(1), x_BND[:, 1:].mean(1), torch.full((len(images),), tokens)
-        if setting.method == "lora":
-            x_BND = self.with_lora.forward_features(images).float()
-            mean = x_BND[:, 1:].mean(1)
-            return x_BND[:, 0], mean, mean, torch.full((len(images),), setting.cells)
         *_, (_, x_TD) = self.vit.run(images)
         layout, x_TD = self.vit.last_layout, self.vit.final_norm(x_TD.float())
         by_token = torch.stack([x.mean(0) for x in layout.split(x_TD)])
@@ -214,28 +182,45 @@ class ClassStudy(Study):
         return found
 
 
-def entry_of(setting: Setting, pool: str, tokens: float, curve: list[tuple[float, Tensor]], values: Tensor) -> dict:
-    """Accuracy in percent and cross-entropy of a setting, and both over dense images of as many tokens.
+def values_of(probabilities: Tensor, labels: Tensor, dense: Tensor) -> Tensor:
+    """``MEASURES`` of every image (3, N): whether it is classified correctly, its cross-entropy, and the
+    Kullback-Leibler divergence from what the same head says of the dense image of size ``BASE``.
 
     Args:
-        curve: tokens of dense images of every size, and whether each image was classified correctly and its
-            cross-entropy (2, N).
-        values: the same of the setting.
+        probabilities, dense: (N, classes).
+        labels: (N,).
+    """
+    logarithms = [part.clamp(min=1e-8).log() for part in (probabilities, dense)]
+    divergence = (dense * (logarithms[1] - logarithms[0])).sum(1)
+    truth = logarithms[0].gather(1, labels[:, None])[:, 0]
+    return torch.stack([(probabilities.argmax(1) == labels).float(), -truth, divergence])
+
+
+def entry_of(
+    setting: Setting, pool: str, tokens: float, curves: dict[str, list[tuple[float, Tensor]]], values: Tensor
+) -> dict:
+    """``MEASURES`` of a setting, accuracy in percent, and each of them over images of as many tokens.
+
+    Args:
+        curves: per kind of image it is compared with, tokens and values (3, N) of every size: "dense", read by the
+            network as it is, and "lora", by the tuned one.
+        values: of the setting.
     """
     entry = {**setting.about, "adapters": setting.adapters, "pool": pool, "tokens": round(tokens, 1)}
     index = [torch.arange(values.shape[1])]
     index += [
         torch.tensor(random.Random(draw).choices(range(values.shape[1]), k=values.shape[1])) for draw in range(DRAWS)
     ]
-    for row, (name, unit) in enumerate((("accuracy", 100), ("cross_entropy", 1))):
+    for row, (name, unit) in enumerate(MEASURES.items()):
         entry[name] = round(unit * float(values[row].mean()), 3)
-        gains = []
-        for drawn in index:
-            at = between([(of_size, float(found[row, drawn].mean())) for of_size, found in curve], tokens)
-            gains.append(None if at is None else unit * (float(values[row, drawn].mean()) - at))
-        known = setting.method != "dense" and gains[0] is not None
-        entry[f"{name}_gain"] = round(gains[0], 3) if known else None
-        entry[f"{name}_error"] = round(statistics.stdev(gains[1:]), 3) if known else None
+        for kind, curve in curves.items():
+            gains = []
+            for drawn in index:
+                at = between([(of_size, float(found[row, drawn].mean())) for of_size, found in curve], tokens)
+                gains.append(None if at is None else unit * (float(values[row, drawn].mean()) - at))
+            known = setting.method not in ("dense", kind) and gains[0] is not None
+            entry[f"{name}_over_{kind}"] = round(gains[0], 3) if known else None
+            entry[f"{name}_over_{kind}_error"] = round(statistics.stdev(gains[1:]), 3) if known else None
     return entry
 
 
@@ -262,7 +247,7 @@ def draw(path: Path, results: list[dict]) -> None:
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
         for name, lines in curves.items():
             lines = sorted(lines, key=lambda line: line[key])
-            values, errors = zip(*((line["accuracy"], line["accuracy_error"] or 0) for line in lines))
+            values, errors = zip(*((line["accuracy"], line["accuracy_over_dense_error"] or 0) for line in lines))
             style = {"linestyle": "--", "color": "black"} if name.startswith("dense") else {}
             panel.errorbar([line[key] for line in lines], values, errors, label=name, marker="o", capsize=2, **style)
         panel.set(xlabel=label)
@@ -281,7 +266,7 @@ def all_settings(also: Sequence[str] = ()) -> list[Setting]:
         return [Setting(method, size, scorer, round(share * cells)) for share in shares]
 
     settings = [Setting("dense", size) for size in sorted((*SMALLER, BASE, *OTHERS))]
-    settings += [Setting("lora", size) for size in SMALLER]
+    settings += [Setting("lora", size) for size in TUNED]
     for size in (BASE, *OTHERS):
         learned = merging(size, "apt", "learned", BUDGETS if size == BASE else BUDGETS[1::2])
         settings += learned if size == BASE else []
@@ -304,14 +289,14 @@ def main() -> None:
     study = ClassStudy(args.folder, args.official, args.weights, args.work_dir / name, dtype)
     settings = all_settings(args.also)
     tokens = {setting: float(study.features(setting)["tokens"].float().mean()) for setting in settings}
-    labels, values = study.labels[study.tested], {}
-    for key, of_images in study.probabilities(settings).items():
-        right, truth = of_images.argmax(1) == labels, of_images.gather(1, labels[:, None])[:, 0]
-        values[key] = torch.stack([right.float(), -truth.clamp(min=1e-8).log()])
+    labels, probabilities, base = study.labels[study.tested], study.probabilities(settings), Setting("dense", BASE)
     results, times = [], study.milliseconds(settings)
     for pool in POOLS:
-        curve = sorted((tokens[s], values[s, pool]) for s in settings if s.method == "dense")
-        entries = [entry_of(s, pool, tokens[s], curve, values[s, pool]) for s in settings]
+        values = {s: values_of(probabilities[s, pool], labels, probabilities[base, pool]) for s in settings}
+        read = {"dense": [s for s in settings if s.method == "dense"]}
+        read["lora"] = [base, *(s for s in settings if s.method == "lora")]
+        curves = {kind: sorted((tokens[s], values[s]) for s in of_kind) for kind, of_kind in read.items()}
+        entries = [entry_of(s, pool, tokens[s], curves, values[s]) for s in settings]
         results += [{**entry, "ms": round(times[s.name], 1)} for s, entry in zip(settings, entries)]
     content = {**about("equal_tokens_classes", args), "images": len(labels), "results": results}
     out = args.out or Path(f"docs/results/equal_tokens_{name}.json")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -18,19 +19,24 @@ from typing import NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import track
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tools.cli import parser_of
 from apt_backbones import adapt, read_checkpoint
 from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
-from apt_backbones.distill import Views, ViewSettings, train_scorer
+from apt_backbones.distill import Views, ViewSettings, save_tensors, train_scorer
 from apt_backbones.files import write_atomically
 from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from apt_backbones.selection import normalize
+from apt_backbones.trunk import AdaptiveTrunk
 from tools.machine import processor
 from tools.steps import digest
 
@@ -38,6 +44,7 @@ from . import tome
 
 MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
 DETAIL_STEPS = 400  # of learned maps
+RANK, STEPS, RATE = 16, 450, 1e-4  # of adapters and LoRA, and of their training
 # Of the results' entries: what those share that differ in their seeds alone.
 point_of = itemgetter("method", "scorer", "fill", "image", "budget")
 
@@ -48,7 +55,7 @@ class Setting(NamedTuple):
     """One point of a chart.
 
     Attributes:
-        method: "dense", "apt", "random", "tome", or "lora", dense with a tuned network.
+        method: "dense", "apt", "random", "tome", or "lora", dense images read by a tuned network.
         image: height and width.
         scorer: of "apt".
         budget: tokens that it is calibrated to.
@@ -116,7 +123,7 @@ class Study:
         self.vit = self.build()
         self.blocks = tuple(block % len(self.vit.blocks) for block in blocks)
 
-    def build(self) -> nn.Module:
+    def build(self) -> AdaptiveTrunk:
         """The frozen network, adaptive, with nothing merged yet."""
         layers = dict(map_fill="learned", map_scale=self.map_scale, out_indices=self.blocks)
         vit = adapt(pretrained(self.weights), {MERGED: 0.0}, merge="resizing", **layers)
@@ -164,6 +171,63 @@ class Study:
         """The adapters of merged tokens, trained on the train split."""
         raise NotImplementedError
 
+    @cached_property
+    def with_lora(self) -> AdaptiveTrunk:
+        """The network that learned to read smaller images (``trained_lora``)."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)  # whoever measures with it may be in it
+    def trained_lora(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        say: Callable[[AdaptiveTrunk, Tensor], Tensor],
+        loss: str,
+        paths: Sequence[Path],
+        views: ViewSettings,
+        batch: int,
+        prepare: Callable,
+    ) -> AdaptiveTrunk:
+        """The network with LoRA in every layer, merged, which learned without labels to say of smaller images what the
+        network says of larger ones.
+
+        Args:
+            sizes: of smaller images, which take turns.
+            say: a network and normalized images to what is to stay; it is resampled to the larger image's cells.
+            loss: of ``distance_from``.
+            paths, views, batch, prepare: of the larger images, see ``finetune_features``.
+        """
+        from apt_backbones.mm.feature_matching import RandomViews, distance_from
+
+        others = r"patch_embed\.proj|token_adapters\..*"
+        options = LoraConfig(
+            r=RANK, lora_alpha=RANK, target_modules=["qkv", "proj", "fc1", "fc2"], exclude_modules=others
+        )
+        model, file = get_peft_model(self.build(), options), self.work_dir / "lora.safetensors"
+        if not file.is_file():
+            # What is cast in autocast would else stay as it was at the first step.
+            cast = partial(torch.autocast, "cpu", self.dtype, self.dtype != torch.float32, cache_enabled=False)
+            layers = [layer for layer in model.parameters() if layer.requires_grad]
+            optimizer = torch.optim.AdamW(layers, RATE, weight_decay=0.0)
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+            data, chance = RandomViews(paths, views, STEPS * batch, prepare), random.Random(0)
+            for pixels in track(DataLoader(data, batch, num_workers=1), "LoRA", console=console):
+                images = self.normalized(pixels.float())
+                smaller = F.interpolate(images, chance.choice(sizes), mode="bicubic", antialias=True)
+                with cast():
+                    with torch.no_grad(), model.disable_adapter():
+                        dense = say(model.get_base_model(), images).float()
+                    found = say(model.get_base_model(), smaller).float()
+                if found.shape != dense.shape:
+                    found = F.interpolate(found, dense.shape[2:], mode="bilinear")
+                optimizer.zero_grad()
+                distance_from(dense, found, loss).backward()
+                nn.utils.clip_grad_norm_(layers, 1.0)
+                optimizer.step()
+                scheduler.step()
+            save_tensors(file, get_peft_model_state_dict(model))
+        set_peft_model_state_dict(model, load_file(file))
+        return model.merge_and_unload().eval().requires_grad_(False)
+
     @torch.inference_mode(False)  # whoever measures with them may be in it
     def trained_layers(
         self,
@@ -181,7 +245,7 @@ class Study:
             name: of the file.
             settings: whose thresholds take turns.
             say: normalized images to what is to stay, by the network.
-            paths, views, options: see ``finetune_features``.
+            paths, views, options: see ``finetune_features``; by default of as many steps as LoRA, at its rate.
             fill: of the maps, meanwhile.
         """
         file = self.work_dir / f"{name}.safetensors"
@@ -197,6 +261,7 @@ class Study:
                     return say(self.normalized(pixels))
 
             self.vit.thresholds, self.vit.scorer, self.vit.map_fill = thresholds[0], str(self.scorer_file()), fill
+            options = dict(iterations=STEPS, rate=RATE) | options
             finetune_features(self.vit, outputs, paths, views, self.work_dir / name, **options)
             save_new_layers(self.vit, file)
             self.vit.thresholds, self.vit.map_fill = {}, "repeat"
@@ -290,6 +355,7 @@ class Study:
     @contextmanager
     def as_set(self, setting: Setting) -> Iterator[None]:
         """The network with a setting's patches and maps."""
+        original, self.vit = self.vit, self.with_lora if setting.method == "lora" else self.vit
         if setting.fill == "learned":
             load_new_layers(self.vit, self.detail_file())  # first: training them sets other patches
         if setting.adapters:
@@ -306,6 +372,7 @@ class Study:
         yield
         for name, value in before.items():
             setattr(self.vit, name, value)
+        self.vit = original
 
     def times(
         self,
@@ -315,21 +382,23 @@ class Study:
         name: str = "times",
     ) -> dict[str, float]:
         """Milliseconds of CPU time per image, scoring included: batch 1, float32, one thread; settings take turns,
-        the median over three rounds is averaged over images.
+        the median over three rounds is averaged over images. LoRA, being merged, takes no time.
 
         Args:
             pixels_of: the n-th of ``count`` images at a size, uint8 (1, 3, height, width).
             name: of the step.
         """
 
+        measured = [setting for setting in settings if setting.method != "lora"]
+
         def measure() -> dict[str, float]:
             torch.set_num_threads(1)
             original = self.original()
-            spent: dict[str, list[float]] = {setting.name: [] for setting in settings}
+            spent: dict[str, list[float]] = {setting.name: [] for setting in measured}
             for number in track(range(count), "timing", console=console):
-                of_image: dict[str, list[float]] = {setting.name: [] for setting in settings}
+                of_image: dict[str, list[float]] = {setting.name: [] for setting in measured}
                 for warming_up in [True] * (number == 0) + [False] * 3:
-                    for setting in settings:
+                    for setting in measured:
                         pixels = pixels_of(number, setting.image)
                         with self.as_set(setting):
                             taken = cpu_seconds(self.forward_of(setting, original), pixels)
@@ -339,13 +408,15 @@ class Study:
                     spent[name].append(statistics.median(values))
             return {name: statistics.mean(values) for name, values in spent.items()}
 
-        return self.kept(f"{name}_{digest([setting.name for setting in settings])}", measure)
+        found = self.kept(f"{name}_{digest([setting.name for setting in measured])}", measure)
+        tuned = [setting for setting in settings if setting.method == "lora"]
+        return found | {setting.name: found[setting._replace(method="dense").name] for setting in tuned}
 
     def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
-        """What is timed: for dense images, LoRA being merged, timm's own network, unless maps are filled."""
+        """What is timed: for dense images timm's own network, unless maps are filled."""
         if setting.method == "tome":
             return lambda pixels: self.tome_maps(setting, pixels, torch.float32)
-        if setting.method in ("dense", "lora") and setting.fill == "repeat":
+        if setting.method == "dense" and setting.fill == "repeat":
             return lambda pixels: original.forward_intermediates(
                 self.normalized(pixels), list(self.blocks), norm=True, intermediates_only=True
             )

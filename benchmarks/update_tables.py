@@ -143,7 +143,7 @@ def equal_tokens(name: str) -> str:
     lines = []
     for (method, scorer, fill, image, budget), same in rows.items():
         of = {each: (method, scorer, each, image, budget) for each in same}
-        label = {"apt": f"merging, {scorer}", "tome": "ToMe"}.get(method, method)
+        label = {"apt": f"merging, {scorer}", "lora": "dense + LoRA", "tome": "ToMe"}.get(method, method)
         label += {"interpolate": ", interpolated maps", "learned": ", learned maps"}.get(fill, "")
         tokens = statistics.mean(line["tokens"] for line in points[of[same[0]]])
         cells = [quality(of[each], metrics[0]) if each in of else "" for each in fills]
@@ -156,8 +156,8 @@ def equal_tokens(name: str) -> str:
 
 
 def classes(name: str) -> str:
-    """One row per method and size: accuracy by pooling and the cross-entropy of the CLS token, each with what it gains
-    over dense images of as many tokens."""
+    """One row per method and size: accuracy by pooling, of the CLS token also cross-entropy and divergence, each with
+    what it gains over dense images of as many tokens; of the CLS token's accuracy also over those read with LoRA."""
     measured, rows = json.loads((ROOT / f"docs/results/equal_tokens_{name}.json").read_text()), {}
     for line in measured["results"]:
         key = (line["method"], line["scorer"], line["adapters"], line["image"], line["budget"])
@@ -166,14 +166,17 @@ def classes(name: str) -> str:
     for (method, scorer, adapters, image, _), pools in rows.items():
         merging = f"merging, {scorer}{' + adapters' * adapters}"
         label = {"apt": merging, "lora": "dense + LoRA", "tome": "ToMe"}.get(method, method)
-        columns = [(line, "accuracy", 1) for line in pools] + [(pools[0], "cross_entropy", 3)]
+        columns = [(line, "accuracy", 1) for line in pools]
+        columns += [(pools[0], "cross_entropy", 3), (pools[0], "divergence", 3)]
         cells = [
-            _with_gain(line[key], line[f"{key}_gain"], line[f"{key}_error"], digits) for line, key, digits in columns
+            _with_gain(line[key], line[f"{key}_over_dense"], line[f"{key}_over_dense_error"], digits)
+            for line, key, digits in columns
         ]
+        gain, error = (pools[0][f"accuracy_over_lora{suffix}"] for suffix in ("", "_error"))
+        cells.insert(1, "" if gain is None else f"{gain:+.1f} ± {error:.1f}")
         lines.append([label, image.split("x")[0], f"{pools[0]['tokens']:.0f}", *cells, f"{pools[0]['ms']:.0f}"])
     pools = [line["pool"] for line in next(iter(rows.values()))]
-    names = [f"{name} token" if name == "cls" else name for name in pools]
-    names = [*(name.replace("cls", "CLS") for name in names), "cross-entropy", "CPU ms"]
+    names = ["CLS token", "over LoRA", *pools[1:], "cross-entropy", "divergence", "CPU ms"]
     return table(["method", "image", "tokens", *names], lines)
 
 

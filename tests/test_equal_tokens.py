@@ -144,6 +144,11 @@ def test_gains_are_over_dense_images_of_as_many_tokens():
     line |= dict(method="apt", scorer="learned", image="b", mIoU=43.0)
     apt = [{**line, "budget": t, "tokens": t, "scorer_seed": 0} for t in (150, 300)]
     first, second = equal_tokens.gains(dense + own + apt, "large")
+    assert first["lora"] is first["lora_error"] is None, "nobody learned to read smaller images"
+    tuned = [{**part, "method": "lora", "image": part["tokens"], "mIoU": part["mIoU"] + 0.5} for part in dense]
+    *of_tuned, compared, _ = equal_tokens.gains(dense + own + tuned + apt, "large")
+    assert [(line["method"], line["kept"]) for line in of_tuned] == [("lora", 0.5)] * 2
+    assert (compared["kept"], compared["lora"], compared["lora_error"]) == (1.0, 0.5, 0.0)
     finer = [{**part, "fill": "interpolate", "mIoU": part["mIoU"] + 2} for part in (*dense, *apt[:1])]
     finer += [{**finer[-1], "fill": "learned", "mIoU": 46.0}]
     *_, filled, learned = equal_tokens.gains(dense + own + apt + finer, "large")
@@ -212,9 +217,11 @@ def test_scorers_learn_from_linear_heads_whatever_head_is_measured(tmp_path, mon
     network = timm.create_model("vit_small_patch14_dinov2", **small).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
     monkeypatch.setattr(equal_tokens, "BASES", ((56, 84),))
+    monkeypatch.setattr(equal_tokens, "TUNED", ((28, 42),))
     monkeypatch.setattr(equal_tokens, "PART_COPIES", 1)
-    linear = equal_tokens.TASKS["camvid"]._replace(kept=(56, 84), epochs=1)
-    monkeypatch.setitem(equal_tokens.TASKS, "camvid", linear)
+    for name in ("camvid", "camvid_upernet"):
+        task = equal_tokens.TASKS[name]._replace(kept=(56, 84), epochs=1)
+        monkeypatch.setitem(equal_tokens.TASKS, name, task)
     data = camvid(tmp_path)
     of_upernet = equal_tokens.SegmentationStudy(data, "camvid_upernet", None, tmp_path / "steps", torch.float32)
     whole, parts = of_upernet.views("train")
@@ -230,6 +237,16 @@ def test_scorers_learn_from_linear_heads_whatever_head_is_measured(tmp_path, mon
     layers = load_file(of_upernet.detail_file())
     assert all(layers[f"map_detail.{block}.out.weight"].any() for block in equal_tokens.BLOCKS)
     assert torch.equal(of_upernet.outputs(whole.pixels[:1]), dense), "nothing is set any more"
+    # And so does LoRA, which is for smaller images.
+    monkeypatch.setattr(study, "STEPS", 2)
+    setting, small = study.Setting("lora", (28, 42), fill="interpolate"), data.images("val", (28, 42))[:1]
+    with of_upernet.as_set(setting):
+        maps, tokens = of_upernet.maps_of(setting, small)
+        tuned = of_upernet.vit.blocks[0].attn.qkv.weight
+    assert tokens == 6 and maps.shape == (1, 3 * SMALL["embed_dim"], 2, 3)
+    assert tuned.shape == of_upernet.vit.blocks[0].attn.qkv.weight.shape
+    assert not torch.equal(tuned, of_upernet.vit.blocks[0].attn.qkv.weight)
+    assert torch.equal(of_upernet.outputs(whole.pixels[:1]), dense), "the network itself is as it was"
 
 
 @pytest.mark.parametrize("target", ["features", "pooled"])

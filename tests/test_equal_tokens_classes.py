@@ -35,10 +35,12 @@ def small(monkeypatch):
     options = dict(depth=2, embed_dim=24, num_heads=2, num_classes=0, img_size=56, dynamic_img_size=True)
     network = timm.create_model("vit_small_patch14_dinov2", **options).eval()
     monkeypatch.setattr(study, "pretrained", lambda weights: deepcopy(network))
-    sizes = dict(BASE=(56, 56), OTHERS=((84, 84),), SMALLER=((28, 28), (42, 42)))
-    training = dict(UNLABELLED=2, COPIES=2, RANK=2, STEPS=2, VIEWS_OF_A_STEP=2)
+    sizes = dict(BASE=(56, 56), OTHERS=((84, 84),), SMALLER=((28, 28), (42, 42)), TUNED=((28, 28), (42, 42)))
+    training = dict(UNLABELLED=2, COPIES=2, RANK=2, VIEWS_OF_A_STEP=2)
     for name, value in dict(**sizes, **training, BUDGETS=(0.5, 0.625), FOLDS=2, DRAWS=4).items():
         monkeypatch.setattr(classes, name, value)
+    for name in ("RANK", "STEPS"):
+        monkeypatch.setattr(study, name, 2)
 
 
 def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
@@ -56,7 +58,8 @@ def test_all_of_it_runs_and_resumes(data, small, tmp_path, monkeypatch):
     by_name = {(line["method"], line["scorer"], line["image"], line["pool"]): line for line in plain}
     assert by_name["dense", None, "42x42", "cls"]["tokens"] == 9
     entropy = by_name["apt", "entropy", "56x56", "cls"]
-    assert entropy["tokens"] == 10 and entropy["accuracy_gain"] is not None
+    assert entropy["tokens"] == 10 and entropy["accuracy_over_dense"] is not None
+    assert entropy["divergence"] > 0 == by_name["dense", None, "56x56", "cls"]["divergence"]
     assert all(line["ms"] > 0 for line in found["results"]) and out.with_suffix(".png").is_file()
     features = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "photos" / "features").iterdir()}
     assert by_name["apt", "other", "56x56", "cls"]["tokens"] > 0
@@ -91,7 +94,7 @@ def test_the_scorer_learns_from_images_that_nobody_is_tested_on(data, small, tmp
 
 
 def test_the_run_that_trains_lora_measures_what_it_trained(data, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(classes, "RATE", 0.1)
+    monkeypatch.setattr(study, "RATE", 0.1)
     setting, found = Setting("lora", classes.SMALLER[0]), []
     for name in ("trains", "resumes"):
         study_of = classes.ClassStudy(data, False, None, tmp_path / name, torch.bfloat16)
@@ -123,6 +126,8 @@ def test_what_is_measured_as_well_is_timed_as_well(data, small, tmp_path):
     both = of_small.milliseconds(settings)
     assert set(both) == {setting.name for setting in settings}
     assert of_small.milliseconds(settings[:1]) == alone and of_small.milliseconds(settings) == both, "kept"
+    tuned = settings[0]._replace(method="lora")
+    assert of_small.milliseconds([*settings, tuned])[tuned.name] == both[settings[0].name], "LoRA is merged"
 
 
 @torch.inference_mode()
@@ -163,11 +168,25 @@ def test_nobody_is_tested_by_a_head_that_knows_it(data, small, tmp_path, monkeyp
 
 
 def test_gains_are_over_the_dense_curve():
-    right = torch.tensor([[1.0, 1, 0, 0], [0.2, 0.2, 0.4, 0.4]])
-    curve = [(100, right), (200, torch.tensor([[1.0, 1, 1, 0], [0.2, 0.2, 0.2, 0.4]]))]
-    setting = Setting("apt", (56, 56), "learned", 150)
-    entry = classes.entry_of(setting, "cls", 150.0, curve, torch.tensor([[1.0, 1, 1, 1], [0.1, 0.1, 0.1, 0.1]]))
-    assert (entry["accuracy"], entry["accuracy_gain"]) == (100, 37.5) and entry["accuracy_error"] > 0
-    assert (entry["cross_entropy"], entry["cross_entropy_gain"]) == (0.1, -0.175)
-    assert classes.entry_of(setting, "cls", 250.0, curve, right)["accuracy_gain"] is None
-    assert classes.entry_of(Setting("dense", (28, 28)), "cls", 100.0, curve, right)["accuracy_gain"] is None
+    few = torch.tensor([[1.0, 1, 0, 0], [0.2, 0.2, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
+    many = torch.tensor([[1.0, 1, 1, 0], [0.2, 0.2, 0.2, 0.4], [0.0, 0.0, 0.0, 0.0]])
+    curves = {"dense": [(100, few), (200, many)], "lora": [(100, many), (200, many)]}
+    setting, found = Setting("apt", (56, 56), "learned", 150), torch.tensor([[1.0] * 4, [0.1] * 4, [0.03] * 4])
+    entry = classes.entry_of(setting, "cls", 150.0, curves, found)
+    assert (entry["accuracy"], entry["accuracy_over_dense"], entry["accuracy_over_lora"]) == (100, 37.5, 25)
+    assert entry["accuracy_over_dense_error"] > 0
+    assert (entry["cross_entropy"], entry["cross_entropy_over_dense"]) == (0.1, -0.175)
+    assert (entry["divergence"], entry["divergence_over_lora"]) == (0.03, 0.03)
+    assert classes.entry_of(setting, "cls", 250.0, curves, found)["accuracy_over_dense"] is None
+    dense, lora = (classes.entry_of(Setting(kind, (28, 28)), "cls", 100.0, curves, found) for kind in curves)
+    assert dense["accuracy_over_dense"] is dense["accuracy_over_lora"] is lora["accuracy_over_lora"] is None
+    assert lora["accuracy_over_dense"] == 50
+
+
+def test_what_is_measured_of_an_image():
+    probabilities, dense = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[0.75, 0.25], [0.25, 0.75]])
+    right, cross_entropy, divergence = classes.values_of(probabilities, torch.tensor([0, 1]), dense)
+    assert right.tolist() == [1, 0]
+    torch.testing.assert_close(cross_entropy, -torch.tensor([0.75, 0.5]).log())
+    kullback_leibler = torch.nn.functional.kl_div(probabilities.log(), dense, reduction="none").sum(1)
+    torch.testing.assert_close(divergence, kullback_leibler)

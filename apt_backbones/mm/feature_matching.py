@@ -55,8 +55,7 @@ class FeatureMatching(BaseModel):
         model: with an adaptive trunk that merges; all but its new layers are frozen.
         outputs: pixels (B, 3, height, width) in 0..255 to features or probabilities (B, C, ...), by this model: maps,
             or what it says of whole images.
-        loss: "features" (squared distance over the dense features' variance, channel by channel for maps) or
-            "probabilities" (Kullback-Leibler divergence from the dense ones).
+        loss: of ``distance_from``.
 
     Raises:
         ValueError: the model has no new layers, or its trunk merges nothing.
@@ -86,18 +85,27 @@ class FeatureMatching(BaseModel):
             dense = self.outputs(pixels).float()
         merged = self.outputs(pixels).float()
         layout = self.trunk.last_layout
-        if self.loss == "features":
-            over = [dim for dim in range(dense.ndim) if dim != 1]
-            variance_C = dense.var(over).clamp(min=1e-6)
-            if dense.ndim == 2:  # too few of a batch to tell one channel's
-                variance_C = variance_C.mean()
-            distance = ((merged - dense).square().mean(over) / variance_C).mean()
-        else:
-            logarithms = [part.clamp(min=1e-8).log() for part in (dense, merged)]
-            distance = (dense * (logarithms[0] - logarithms[1])).sum(1).mean()
+        distance = distance_from(dense, merged, self.loss)
         patches = layout.num_tokens - layout.batch_size * layout.num_prefix
         kept = patches / (layout.batch_size * math.prod(layout.grid))
         return {"loss": distance, "distance": distance.detach(), "kept": distance.new_tensor(kept)}
+
+
+def distance_from(dense: Tensor, found: Tensor, loss: str) -> Tensor:
+    """How far outputs (B, C, ...) are from the dense network's, a scalar.
+
+    Args:
+        loss: "features" (squared distance over the dense features' variance, channel by channel for maps) or
+            "probabilities" (Kullback-Leibler divergence from the dense ones).
+    """
+    if loss == "probabilities":
+        logarithms = [part.clamp(min=1e-8).log() for part in (dense, found)]
+        return (dense * (logarithms[0] - logarithms[1])).sum(1).mean()
+    over = [dim for dim in range(dense.ndim) if dim != 1]
+    variance_C = dense.var(over).clamp(min=1e-6)
+    if dense.ndim == 2:  # too few of a batch to tell one channel's
+        variance_C = variance_C.mean()
+    return ((found - dense).square().mean(over) / variance_C).mean()
 
 
 def finetune_features(
