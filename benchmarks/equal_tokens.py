@@ -6,9 +6,9 @@ examples:
   python -m benchmarks.equal_tokens data/CamVid --head upernet --weights dinov2_s14.safetensors
   python -m benchmarks.equal_tokens data/coco --things data/coco/annotations/instances_val2017.json
 
-A frozen DINOv2 ViT-S/14 with a linear head, or UperNet, on the maps of blocks 6, 9 and 12. Heads and scorer learn from
-the train split, thresholds are calibrated on the val split. Finished steps are kept in the work directory: the same
-command resumes.
+A frozen DINOv2 ViT-S/14 with a linear head, or UperNet, on the maps of blocks 6, 9 and 12. Heads, scorer, and LoRA for
+reading smaller images learn from the train split, thresholds are calibrated on the val split. Finished steps are kept
+in the work directory: the same command resumes.
 """
 
 import hashlib
