@@ -80,7 +80,7 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
 
 def is_classifier(cfg: Config) -> bool:
     """Whether a configuration is of this project's classification, whose trunk is not called ``backbone``."""
-    return TASKS.get(cfg.get("default_scope")) == "cls"
+    return cfg.model.get("type") == "TimmClassifier"
 
 
 def merge_number_keys(settings: dict) -> None:
