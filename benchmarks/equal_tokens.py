@@ -146,7 +146,7 @@ def all_settings(name: str) -> list[Setting]:
         budgets, scorers = {size: every[1::2] for size, every in BUDGETS.items()}, ("entropy",)
         dense, pixel = fills[:1], fills[1:2]
     settings = [Setting("dense", size, fill=fill) for size in sorted((*SMALLER, *BASES)) for fill in dense]
-    settings += [Setting("lora", size, fill=fill) for size in TUNED for fill in dense]
+    settings += [Setting("lora", size, fill=fill) for size in (*TUNED, BASES[0]) for fill in dense]
     for size, every in budgets.items():
         filled = fills if size == BASES[0] else fills[1:]
         for budget in every:
