@@ -141,8 +141,8 @@ def _of_config(config: str, weights: str) -> Frozen:
     from tools.mm_config import is_classifier, read_config
     from tools.mm_model import MMModel
 
-    if is_classifier(read_config(config)):
-        return _of_classifier(config, weights)
+    if is_classifier(cfg := read_config(config)):
+        return _of_classifier(config, cfg.model, weights)
     mm = MMModel(config, weights)
 
     def head(images: Tensor) -> Tensor:
@@ -160,23 +160,18 @@ def _of_config(config: str, weights: str) -> Frozen:
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)
 
 
-def _of_classifier(config: str, weights: str) -> Frozen:
+def _of_classifier(config: str, options: dict, weights: str) -> Frozen:
     from mmengine.registry import MODELS
 
     from apt_backbones import load_converted, read_checkpoint
-    from tools.mm_config import read_config
 
     settings = settings_of(config)
     if not settings.thresholds:
         raise ValueError(f"{config} has no thresholds: its model is dense; name an adaptive configuration")
-    options = read_config(config).model
     options["model_options"] = {**options.get("model_options", {}), "dynamic_img_size": True}  # for views of any size
     model = MODELS.build(options).eval()
     load_converted(model, read_checkpoint(weights))
     trunk = model.trunk
-
-    def features(images: Tensor) -> Tensor:
-        return torch.cat(trunk.feature_maps(images, norm=True), 1)
 
     def head(images: Tensor) -> Tensor:
         return trunk(images).float().softmax(1)
@@ -184,7 +179,11 @@ def _of_classifier(config: str, weights: str) -> Frozen:
     def pooled(images: Tensor) -> Tensor:
         return trunk.forward_head(trunk.forward_features(images), pre_logits=True)
 
-    return Frozen(model, trunk, settings, features, head, pooled, True)
+    return Frozen(model, trunk, settings, _normed_maps_of(trunk), head, pooled, True)
+
+
+def _normed_maps_of(trunk: AdaptiveTrunk) -> Callable[[Tensor], Tensor]:
+    return lambda images: torch.cat(trunk.feature_maps(images, norm=True), 1)
 
 
 def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, options: dict) -> Frozen:
@@ -218,8 +217,5 @@ def _of_vit(vit: nn.Module, sizes: Sequence[int] | None, prepare: Callable, opti
     patch_size = vit.patch_embed.patch_size[0]
     sizes = check_sizes(sorted(sizes or [2 * patch_size]))
     trunk = adapt(vit, dict.fromkeys(sizes, 0.0), **options).eval()
-
-    def features(images: Tensor) -> Tensor:
-        return torch.cat(trunk.feature_maps(images, norm=True), 1)
-
-    return Frozen(trunk, trunk, PatchSettings(patch_size, dict(trunk.thresholds), "entropy", prepare), features, None)
+    settings = PatchSettings(patch_size, dict(trunk.thresholds), "entropy", prepare)
+    return Frozen(trunk, trunk, settings, _normed_maps_of(trunk), None)
