@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,6 +17,9 @@ from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.machine import add_device_argument
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 TARGETS = ("head", "features", "pooled")
 LARGEST_VIEW = 512
@@ -142,7 +145,7 @@ def _of_config(config: str, weights: str) -> Frozen:
     from tools.mm_model import MMModel
 
     if is_classifier(cfg := read_config(config)):
-        return _of_classifier(config, cfg.model, weights)
+        return _of_classifier(config, cfg, weights)
     mm = MMModel(config, weights)
 
     def head(images: Tensor) -> Tensor:
@@ -160,18 +163,11 @@ def _of_config(config: str, weights: str) -> Frozen:
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)
 
 
-def _of_classifier(config: str, options: dict, weights: str) -> Frozen:
-    from mmengine.registry import MODELS
+def _of_classifier(config: str, cfg: "Config", weights: str) -> Frozen:
+    from tools.mm_model import adaptive_model
 
-    from apt_backbones import load_converted, read_checkpoint
-
-    settings = settings_of(config)
-    if not settings.thresholds:
-        raise ValueError(f"{config} has no thresholds: its model is dense; name an adaptive configuration")
-    options["model_options"] = {**options.get("model_options", {}), "dynamic_img_size": True}  # for views of any size
-    model = MODELS.build(options).eval()
-    load_converted(model, read_checkpoint(weights))
-    trunk = model.trunk
+    cfg.model.model_options = {**cfg.model.get("model_options", {}), "dynamic_img_size": True}  # for views of any size
+    model, trunk = adaptive_model(cfg, weights)
 
     def head(images: Tensor) -> Tensor:
         return trunk(images).float().softmax(1)
@@ -179,7 +175,7 @@ def _of_classifier(config: str, options: dict, weights: str) -> Frozen:
     def pooled(images: Tensor) -> Tensor:
         return trunk.forward_head(trunk.forward_features(images), pre_logits=True)
 
-    return Frozen(model, trunk, settings, _normed_maps_of(trunk), head, pooled, True)
+    return Frozen(model, trunk, settings_of(config), _normed_maps_of(trunk), head, pooled, True)
 
 
 def _normed_maps_of(trunk: AdaptiveTrunk) -> Callable[[Tensor], Tensor]:

@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_backbones import load_converted, read_checkpoint
 from apt_backbones.distance import FeatureDistance, dense_features, feature_distance, merging_off
+from apt_backbones.trunk import AdaptiveTrunk, find_trunk
 from tools.mm_config import is_classifier, read_config
 
 NEEDS_FILE = ("LoadImageFromFile", "LoadAnnotations", "CheckSegMap")  # steps that images at hand go without
@@ -35,6 +37,21 @@ class Crops(NamedTuple):
     content_BHW: Tensor
 
 
+def adaptive_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, AdaptiveTrunk]:
+    """The model of a configuration with its weights, and its trunk.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``MMModel``.
+    """
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    model = MODELS.build(cfg.model.get("module", cfg.model)).eval()  # test-time augmentation wraps the model
+    trunk = find_trunk(model)
+    if not trunk.thresholds:
+        raise ValueError(f"{cfg.filename} has no thresholds: its model is dense; name an adaptive configuration")
+    load_converted(model, read_checkpoint(checkpoint))
+    return model, trunk
+
+
 class MMModel:
     """The model of an mmdetection or mmsegmentation configuration, ready for inference on a CPU.
 
@@ -52,12 +69,7 @@ class MMModel:
         self.cfg = read_config(config)
         if is_classifier(self.cfg):
             raise ValueError(f"{config} is a classifier's; this is for detectors and segmenters")
-        init_default_scope(self.cfg.get("default_scope", "mmengine"))
-        self.model = MODELS.build(self.cfg.model.get("module", self.cfg.model)).eval()
-        load_converted(self.model, read_checkpoint(checkpoint))
-        self.trunk = self.model.backbone
-        if not self.trunk.thresholds:
-            raise ValueError(f"{config} has no thresholds: its model is dense; name an adaptive configuration")
+        self.model, self.trunk = adaptive_model(self.cfg, checkpoint)
         self.pipeline = Compose([step for step in self.cfg.test_pipeline if step["type"] not in NEEDS_FILE])
 
     def crops(self, image: Image.Image) -> Crops:
