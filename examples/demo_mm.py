@@ -13,17 +13,9 @@ from apt_backbones.selection import layout_of, patch_sides
 from examples import demo_pictures
 from examples.demo_page import data_uri
 from examples.demo_pictures import class_legend, detections, label_map, patch_legend, patches, spread
-from examples.photoshapes_results import (
-    AFTER,
-    DENSE,
-    TIMED_IMAGES,
-    TIMED_ROUNDS,
-    Experiment,
-    Row,
-    quiet,
-    scorer_of,
-)
+from examples.photoshapes_results import AFTER, DENSE, Experiment, Row
 from tools import drawing
+from tools.mm_runs import TIMED_IMAGES, TIMED_ROUNDS, quiet, scorer_of
 from tools.steps import fingerprint
 
 SURE = 0.5  # score from which on a detection is drawn

@@ -11,38 +11,40 @@ against each other image by image. Writes docs/results/photoshapes_TASK.json. St
 that is finished and whose inputs (configuration, checkpoint, data, code) are still the same.
 """
 
-import contextlib
-import io
 import json
 import platform
 import shlex
-import statistics
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from mmengine.config import Config, DictAction
-from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, RUNNERS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from tools.cli import parser_of
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 from examples.report import AFTER, BEFORE, DENSE, LEARNED, SMALLER_DENSE, write_report
-from tools.compare import METRICS
+from tools.compare import metrics_of
 from tools.machine import hardware
 from tools.mm_config import advice_for
-from tools.steps import Steps, announced, console, digest, fingerprint, run, track
+from tools.mm_runs import (
+    TIMED_IMAGES,
+    TIMED_ROUNDS,
+    Bar,
+    build,
+    quiet,
+    ratios_of,
+    rescaled,
+    scorer_of,
+    tested_images,
+    time_interleaved,
+)
+from tools.steps import Steps, announced, console, digest, fingerprint, run
 
 PACKAGES = ("torch", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "timm")
-TIMED_IMAGES, TIMED_ROUNDS = 10, 3
 KEPT = ("tokens", "content_kept", "content_kept_min", "content_kept_max", "padding_kept")
 LOGGED, SAVED = 30, 6  # times in a short fine-tune, if it has as many iterations
 ROOT = Path(__file__).parents[1]
@@ -58,42 +60,6 @@ class Row:
     config: str
     checkpoint: Path
     scale: float = 1.0
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what the toolboxes say of themselves."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class Bar(Hook):
-    """A progress bar of a run's iterations; also a context, at whose end it goes."""
-
-    def __init__(self, title: str):
-        columns = ("      {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task(title, total=None)
-
-    def __enter__(self) -> "Bar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.progress.stop()
-
-    def before_train(self, runner: Runner) -> None:
-        self.progress.update(self.task, total=runner.max_iters, completed=runner.iter)
-
-    def before_test(self, runner: Runner) -> None:
-        self.progress.update(self.task, total=len(runner.test_dataloader))
-
-    def after_train_iter(self, *_, **__) -> None:
-        self.progress.advance(self.task)
-
-    def after_test_iter(self, *_, **__) -> None:
-        self.progress.advance(self.task)
 
 
 class Experiment:
@@ -120,7 +86,7 @@ class Experiment:
         if not self.data.is_dir():
             raise FileNotFoundError(f"no data at {self.data}; {advice_for(self.data)}")
         self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-        code = fingerprint(ROOT / "apt_backbones", __file__, pattern="*.py")
+        code = fingerprint(ROOT / "apt_backbones", ROOT / "tools/mm_runs.py", __file__, pattern="*.py")
         self.steps = Steps(
             work_dir / "steps", {"data": fingerprint(self.data), "code": code, "versions": self.versions}
         )
@@ -233,7 +199,7 @@ class Experiment:
 
     def report(self, command: str) -> dict:
         """The comparison, as examples/report.py describes it."""
-        found, titles = {row: self.evaluate(row) for row in self.rows}, METRICS.items()
+        found = {row: self.evaluate(row) for row in self.rows}
         return {
             "task": self.task,
             "command": command,
@@ -249,7 +215,7 @@ class Experiment:
                 {
                     "title": row.title,
                     "config": row.config,
-                    "metrics": {title: metrics[name] * scale for name, (title, scale) in titles if name in metrics},
+                    "metrics": metrics_of(metrics),
                     **{k: metrics.get(k) for k in KEPT},
                     "content_kept": metrics["content_kept"] * row.scale**2,
                     "per_second": 1 / self.seconds[row.title],
@@ -282,30 +248,6 @@ class Experiment:
         runner.load_or_resume()
         runner.model.eval()
         return runner
-
-
-def rescaled(cfg: Config, scale: float) -> Config:
-    """The test of a configuration with images, crops and padding of another scale."""
-
-    def sides(values: Sequence[int]) -> tuple[int, ...]:
-        return tuple(round(scale * value) for value in values)
-
-    for step in cfg.test_dataloader.dataset.pipeline:
-        if "scale" in step:
-            step.scale = sides(step.scale)
-    preprocessor, test_cfg = cfg.model.data_preprocessor, cfg.model.test_cfg
-    if "pad_size_divisor" in preprocessor:
-        (preprocessor.pad_size_divisor,) = sides([preprocessor.pad_size_divisor])
-    if "crop_size" in test_cfg:
-        test_cfg.update(crop_size=sides(test_cfg.crop_size), stride=sides(test_cfg.stride))
-    return cfg
-
-
-def build(cfg: Config) -> Runner:
-    """A runner that keeps apart from others in the same process, and says only what went wrong."""
-    cfg.experiment_name = cfg.visualizer.name = f"run {time.time()}"
-    cfg.log_level = "ERROR"
-    return RUNNERS.build(cfg)
 
 
 def train(cfg: Config, folder: Path, title: str) -> Path:
@@ -350,43 +292,10 @@ def calibrate(cfg: Config, removed: float) -> dict:
     init_default_scope(cfg.default_scope)
     with quiet():
         dataset, backbone = DATASETS.build(cfg.test_dataloader.dataset), cfg.model.backbone
-    score_maps = [
-        # BGR to RGB
-        score_maps_of(dataset[index]["inputs"].flip(0)[None].float(), tuple(backbone.thresholds), scorer_of(cfg))
-        for index in track(range(len(dataset)), "images")
-    ]
-    smallest = backbone.thresholds[min(backbone.thresholds)]
-    ratios = [float(f"{backbone.thresholds[size] / smallest:.2g}") for size in sorted(backbone.thresholds)]
+    sizes, ratios = tuple(backbone.thresholds), ratios_of(backbone.thresholds)
+    score_maps = [score_maps_of(image, sizes, scorer_of(cfg)) for image in tested_images(dataset)]
     thresholds = calibrate_thresholds(score_maps, backbone.patch_size, 1 - removed, ratios)
     return {"thresholds": thresholds, "shares": kept_shares(score_maps, thresholds, backbone.patch_size).tolist()}
-
-
-def scorer_of(cfg: Config) -> str:
-    return cfg.model.backbone.get("scorer", "entropy")
-
-
-@torch.no_grad()
-def time_interleaved(runners: dict[str, Runner]) -> dict[str, float]:
-    """Seconds per image relative to the first runner: the median over images and rounds.
-
-    Interleaved: every image goes through all models, so that whatever else the machine does hits all of them alike.
-    """
-    first = next(iter(runners))
-    batches = {title: [] for title in runners}
-    count = min(TIMED_IMAGES, len(runners[first].test_dataloader.dataset))
-    for title, runner in runners.items():
-        for index in range(count):
-            batches[title].append({k: [v] for k, v in runner.test_dataloader.dataset[index].items()})
-    seconds = {title: [] for title in runners}
-    for index in track(range(count), "images"):
-        for round_ in range(TIMED_ROUNDS + 1):
-            for title, runner in runners.items():
-                start = time.perf_counter()
-                runner.model.test_step(batches[title][index])
-                if round_:  # the first round warms up
-                    seconds[title].append(time.perf_counter() - start)
-    ratios = {t: statistics.median(a / b for a, b in zip(s, seconds[first])) for t, s in seconds.items()}
-    return {title: statistics.median(seconds[first]) * ratio for title, ratio in ratios.items()}
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ METRICS = {
     "mIoU": ("mIoU", 1),
     "aAcc": ("aAcc", 1),
     "border/mIoU": ("mIoU within 3 px of borders", 1),
+    "top1": ("top-1 accuracy", 1),
+    "top5": ("top-5 accuracy", 1),
 }
 NO_METRICS = re.compile(
     r"(val/|test/)?(tokens|(content|padding)_kept.*|time|data_time|step|iter|epoch|lr|base_lr|memory)"
@@ -88,13 +90,17 @@ def read_mmengine(path: Path) -> tuple[dict, Path] | None:
 
 def of_mmengine(name: str, line: dict, folder: Path) -> Result:
     """A line of mmengine's log; its time is that of a batch, loading included."""
-    known = {title: line[key] * factor for key, (title, factor) in METRICS.items() if key in line}
-    others = {
-        key: value for key, value in line.items() if isinstance(value, int | float) and not NO_METRICS.fullmatch(key)
-    }
     speed = batch_size(folder / "vis_data" / "config.py") / line["time"] if line.get("time") else None
     kept = (line.get(key) for key in ("tokens", "content_kept", "padding_kept"))
-    return Result(name, "", known or others, *kept, speed)
+    return Result(name, "", metrics_of(line), *kept, speed)
+
+
+def metrics_of(line: dict) -> dict[str, float]:
+    """Title -> value of the metrics that mmengine logged."""
+    known = {title: line[key] * factor for key, (title, factor) in METRICS.items() if key in line}
+    return known or {
+        key: value for key, value in line.items() if isinstance(value, int | float) and not NO_METRICS.fullmatch(key)
+    }
 
 
 def batch_size(config: Path) -> int:

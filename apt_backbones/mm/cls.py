@@ -19,9 +19,14 @@ from torchvision.transforms import Compose
 from ..backbones.timm_vit import adapt, timm_weights
 
 
+def data_config(model: str) -> dict:
+    """timm's size, crop, interpolation and normalization of the images for a network."""
+    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
+
+
 def transform_of(model: str, img_size: int | None = None, is_training: bool = False, **options) -> Compose:
     """timm's transform of an image for a network; arguments as of ``FolderOfClasses``."""
-    of_model = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
+    of_model = data_config(model)
     if img_size is not None:
         of_model["input_size"] = (3, img_size, img_size)
     return create_transform(is_training=is_training, **{**of_model, **options})
@@ -165,8 +170,8 @@ class ThroughputHook(Hook):
         self._images: list[int] = []
         self._times: list[float] = []
         self._handles = [
-            runner.model.register_forward_pre_hook(lambda *_: self._times.append(_now())),
-            runner.model.register_forward_hook(lambda *_: self._times.append(_now())),
+            runner.model.register_forward_pre_hook(lambda *_: self._times.append(now())),
+            runner.model.register_forward_hook(lambda *_: self._times.append(now())),
         ]
 
     def after_test_iter(
@@ -182,7 +187,7 @@ class ThroughputHook(Hook):
             metrics["images_per_second"] = sum(self._images[1:]) / seconds
 
 
-def _now() -> float:
+def now() -> float:
     """Seconds, when the device has done what was asked of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..embed import AdaptivePatchEmbed
 from ..layout import PatchLayout
@@ -36,13 +37,17 @@ class TokenCountHook(Hook):
         self._counts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
         self._mode = "train"
         self._shapes: list[Sequence[int]] = []
+        self._handles: list[RemovableHandle] = []
 
     def before_run(self, runner: Runner) -> None:
         embeddings = [module for module in runner.model.modules() if isinstance(module, AdaptivePatchEmbed)]
         if not embeddings:
             print_log("TokenCountHook: the model has no adaptive trunk, so no tokens are counted", "current")
-        for embedding in embeddings:
-            embedding.register_forward_pre_hook(self._count)
+        self._handles = [embedding.register_forward_pre_hook(self._count) for embedding in embeddings]
+
+    def after_run(self, runner: Runner) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def before_train(self, runner: Runner) -> None:
         if _RESUMED in runner.message_hub.runtime_info:

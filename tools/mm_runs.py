@@ -1,0 +1,159 @@
+"""Tests of one model under several settings in one process: quiet, with a progress bar, and timed in turn."""
+
+import contextlib
+import copy
+import io
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apt_backbones.mm.cls import data_config, now
+from tools.mm_config import build_runner, is_classifier
+from tools.steps import console, track
+
+TIMED_IMAGES, TIMED_ROUNDS = 10, 3
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the toolboxes say of themselves."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Bar(Hook):
+    """A progress bar of a run's iterations; also a context, at whose end it goes."""
+
+    def __init__(self, title: str):
+        columns = ("      {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task(title, total=None)
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def before_train(self, runner: Runner) -> None:
+        self.progress.update(self.task, total=runner.max_iters, completed=runner.iter)
+
+    def before_test(self, runner: Runner) -> None:
+        self.progress.update(self.task, total=len(runner.test_dataloader), completed=0)
+
+    def after_train_iter(self, *_, **__) -> None:
+        self.progress.advance(self.task)
+
+    def after_test_iter(self, *_, **__) -> None:
+        self.progress.advance(self.task)
+
+
+def trunk_of(cfg: Config) -> dict:
+    """The part of a configuration that has the trunk's thresholds and scorer."""
+    return cfg.model if is_classifier(cfg) else cfg.model.backbone
+
+
+def scorer_of(cfg: Config) -> str:
+    return trunk_of(cfg).get("scorer", "entropy")
+
+
+def ratios_of(thresholds: Mapping[int, float]) -> list[float]:
+    """Of each size's threshold to the smallest size's, about."""
+    first = thresholds[min(thresholds)]
+    return [float(f"{thresholds[size] / first:.2g}") if first else 1.0 for size in sorted(thresholds)]
+
+
+def rgb_of(image: Tensor) -> Tensor:
+    """Images (B, 3, height, width) of mmdetection's and mmsegmentation's data sets, which are BGR."""
+    return image.flip(1)
+
+
+def tested_images(
+    dataset: Dataset, most: int | None = None, pixels_of: Callable[[Tensor], Tensor] = rgb_of
+) -> Iterator[Tensor]:
+    """The images of a test set as the model sees them, float32 (1, 3, height, width) in 0..255, without padding.
+
+    Args:
+        most: take at most so many, which lie evenly in it; None for all.
+        pixels_of: what makes RGB in 0..255 of the data set's images.
+    """
+    step = math.ceil(len(dataset) / most) if most else 1
+    for index in track(range(0, len(dataset), step), "images"):
+        yield pixels_of(dataset[index]["inputs"][None].float())
+
+
+def side_of(dataset: dict) -> int:
+    """Side in pixels of the images of a classifier's data set."""
+    return dataset.get("img_size") or data_config(dataset["model"])["input_size"][-1]
+
+
+def rescaled(cfg: Config, scale: float) -> Config:
+    """A copy of a configuration whose test has images, crops and padding of another scale."""
+
+    def sides(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(round(scale * value) for value in values)
+
+    cfg = copy.deepcopy(cfg)
+    dataset = cfg.test_dataloader.dataset
+    if is_classifier(cfg):
+        dataset.img_size = round(scale * side_of(dataset))
+        cfg.model.model_options = {**cfg.model.get("model_options", {}), "dynamic_img_size": True}
+        return cfg
+    for step in dataset.pipeline:
+        if "scale" in step:
+            step.scale = sides(step.scale)
+    preprocessor, test_cfg = cfg.model.data_preprocessor, cfg.model.test_cfg
+    if "pad_size_divisor" in preprocessor:
+        (preprocessor.pad_size_divisor,) = sides([preprocessor.pad_size_divisor])
+    if "crop_size" in test_cfg:
+        test_cfg.update(crop_size=sides(test_cfg.crop_size), stride=sides(test_cfg.stride))
+    return cfg
+
+
+def build(cfg: Config) -> Runner:
+    """A runner that keeps apart from others in the same process, and says only what went wrong."""
+    cfg.experiment_name = f"run {time.time()}"
+    if "visualizer" in cfg:
+        cfg.visualizer.name = cfg.experiment_name
+    cfg.log_level = "ERROR"
+    return build_runner(cfg)
+
+
+@torch.no_grad()
+def time_interleaved(runners: Mapping[str, Runner], set_up: Callable[[str], object] = str) -> dict[str, float]:
+    """Seconds per image relative to the first runner: the median over images and rounds.
+
+    Interleaved: every image goes through all models, so that whatever else the machine does hits all of them alike.
+
+    Args:
+        runners: by title; their models are ready for ``test_step``.
+        set_up: is called with a title before its model is timed.
+    """
+    first = next(iter(runners))
+    count, batches = min(TIMED_IMAGES, len(runners[first].test_dataloader.dataset)), {}
+    for runner in runners.values():
+        loader = runner.test_dataloader
+        batches[id(runner)] = [loader.collate_fn([loader.dataset[index]]) for index in range(count)]
+    seconds = {title: [] for title in runners}
+    for index in track(range(count), "images"):
+        for round_ in range(TIMED_ROUNDS + 1):
+            for title, runner in runners.items():
+                set_up(title)
+                start = now()
+                runner.model.test_step(batches[id(runner)][index])
+                if round_:  # the first round warms up
+                    seconds[title].append(now() - start)
+    ratios = {t: statistics.median(a / b for a, b in zip(s, seconds[first])) for t, s in seconds.items()}
+    return {title: statistics.median(seconds[first]) * ratio for title, ratio in ratios.items()}
