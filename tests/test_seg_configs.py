@@ -19,7 +19,8 @@ from tests.scripts import ROOT, run_script
 
 CONFIGS = sorted((ROOT / "seg_configs").glob("*.py"))
 ADE20K = [path for path in CONFIGS if path.stem.startswith("eva02") and "photoshapes" not in path.stem]
-TIMM = [path for path in CONFIGS if path.stem.startswith("dino")]
+TIMM = [path for path in CONFIGS if path.stem.startswith("dino") and "camvid" not in path.stem]
+CAMVID = [path for path in CONFIGS if "camvid" in path.stem]
 PHOTOSHAPES = [path for path in CONFIGS if "photoshapes" in path.stem]
 MM_TOOLS = Path(mmseg.__file__).parent / ".mim" / "tools"
 CROP = 64
@@ -199,6 +200,41 @@ def test_trains_and_slides_at_a_small_scale(path, data, tmp_path):
         assert trained and all(name.startswith("decode_head") for name in trained)
     else:
         assert len(trained) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("path", CAMVID, ids=names(CAMVID))
+def test_camvid_trains_a_head_on_three_maps_of_whole_images(path, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for folder, shape, most in ((split, (48, 64, 3), 256), (f"{split}annot", (48, 64), 12)):
+            (tmp_path / folder).mkdir()
+            for index in range(2):
+                pixels = rng.integers(0, most, shape, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / f"{index}.png")
+    cfg = Config.fromfile(path)
+    give_scorer(cfg, tmp_path)
+    cfg.update(work_dir=str(tmp_path / "run"), load_from=None)
+    cfg.model.backbone.checkpoint = None
+    cfg.model.data_preprocessor.size = (56, 84)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(tmp_path)
+        for step in loader.dataset.pipeline:
+            step.update(
+                {
+                    name: {"scale": (84, 63), "crop_size": (56, 84)}[name]
+                    for name in ("scale", "crop_size")
+                    if name in step
+                }
+            )
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    runner = RUNNERS.build(cfg)
+    runner.train()
+    metrics = runner.test()
+    assert 0 <= metrics["mIoU"] <= 100
+    trained = {name for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
+    assert trained == {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
+    assert runner.model.decode_head.conv_seg.weight.shape[:2] == (11, 3 * 384)
 
 
 # ------------------------------------------------------------------------------------------- tools

@@ -71,6 +71,26 @@ def test_photoshapes_masks_become_figure_and_ground(tmp_path):
     assert dataset.metainfo["classes"] == ("background", "shape")
 
 
+def test_camvid_ignores_what_is_none_of_its_classes(tmp_path):
+    for folder, pixels in (
+        ("test", np.zeros((2, 12, 3), np.uint8)),
+        ("testannot", np.tile(np.arange(12, dtype=np.uint8), (2, 1))),
+    ):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "1.png")
+    init_default_scope("mmseg")
+    dataset = DATASETS.build(
+        dict(
+            type="CamVidDataset",
+            data_root=str(tmp_path),
+            data_prefix=dict(img_path="test", seg_map_path="testannot"),
+            pipeline=[dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+        )
+    )
+    assert dataset[0]["data_samples"].gt_sem_seg.data[0].tolist() == [[*range(11), 255]] * 2
+    assert len(dataset.metainfo["classes"]) == len(dataset.metainfo["palette"]) == 11
+
+
 # ------------------------------------------------------------------------------------------- border mIoU
 
 

@@ -1,4 +1,4 @@
-"""Segmentation data in mmseg: PhotoShapes, a check of masks, and mIoU where it is hardest, along borders."""
+"""Segmentation data in mmseg: PhotoShapes, CamVid, a check of masks, and mIoU where it is hardest, along borders."""
 
 from collections.abc import Sequence
 
@@ -28,6 +28,47 @@ class PhotoShapesDataset(BaseSegDataset):
     def get_label_map(cls, new_classes=None) -> dict[int, int]:
         """After ``reduce_zero_label``: 0 is background, 1 to 6 are the shapes."""
         return {shape: 1 for shape in range(2, 7)}
+
+
+@DATASETS.register_module()
+class CamVidDataset(BaseSegDataset):
+    """CamVid's 11 classes, as the SegNet tutorial has them; what is none of them (label 11) is ignored."""
+
+    METAINFO = dict(
+        classes=(
+            "sky",
+            "building",
+            "pole",
+            "road",
+            "pavement",
+            "tree",
+            "sign",
+            "fence",
+            "car",
+            "pedestrian",
+            "bicyclist",
+        ),
+        palette=[
+            [128, 128, 128],
+            [128, 0, 0],
+            [192, 192, 128],
+            [128, 64, 128],
+            [60, 40, 222],
+            [128, 128, 0],
+            [192, 128, 128],
+            [64, 64, 128],
+            [64, 0, 128],
+            [64, 64, 0],
+            [0, 128, 192],
+        ],
+    )
+
+    def __init__(self, **kwargs):
+        super().__init__(img_suffix=".png", seg_map_suffix=".png", **kwargs)
+
+    @classmethod
+    def get_label_map(cls, new_classes=None) -> dict[int, int]:
+        return {11: 255}
 
 
 @TRANSFORMS.register_module()

