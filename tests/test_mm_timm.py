@@ -5,7 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-from mmengine.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
@@ -13,6 +15,9 @@ from torch import nn
 from apt_backbones import find_trunk, freeze_host
 from apt_backbones.mm.optimizer import layer_of
 from tests.golden import relative_error
+from tests.scripts import ROOT
+from tools.frozen_model import frozen_model
+from tools.patch_settings import settings_of
 
 SMALL = dict(type="APTTimm", model="vit_small_patch16_dinov3", img_size=128, out_indices=(5, -1))
 
@@ -105,3 +110,33 @@ def test_short_fine_tune_copies_and_layer_decay():
     parameters = dict(model.named_parameters())
     for name, layer in names.items():
         assert name in parameters and layer_of(name, "trunk", 12) == layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config, patch",
+    [("dinov2_s_linear_resizing_camvid", 14), ("dinov2_s_apt_512", 14), ("dinov3_b_linear_apt_512", 16)],
+)
+def test_tools_know_the_patches_that_a_configuration_leaves_to_timm(config, patch):
+    settings = settings_of(f"{ROOT}/seg_configs/{config}.py")
+    assert settings.patch_size == patch and list(settings.thresholds) == [2 * patch]
+
+
+@torch.no_grad()
+def test_a_frozen_segmenters_features_are_what_its_head_reads(tmp_path):
+    """After the final norm, which its configuration asks for; and its probabilities are mmseg's."""
+    config = f"{ROOT}/seg_configs/dinov2_s_linear_resizing_camvid.py"
+    cfg = Config.fromfile(config)
+    init_default_scope("mmseg")
+    model = MODELS.build(cfg.model).eval()
+    nn.init.normal_(model.backbone.trunk.norm.weight)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    frozen = frozen_model(config, str(tmp_path / "weights.safetensors"), None)
+    frozen.trunk.thresholds = model.backbone.trunk.thresholds = {}
+    picture = images(1, 112, 140)
+    expected = model.backbone(picture)
+    torch.testing.assert_close(frozen.features(picture), torch.cat(expected, 1))
+    logits = model.decode_head.forward(expected)
+    logits = nn.functional.interpolate(logits, (112, 140), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(frozen.head(picture), logits.softmax(1))
+    assert frozen.settings.prepare(Image.new("RGB", (480, 360))).size == (448, 336)

@@ -157,7 +157,7 @@ def _of_config(config: str, weights: str) -> Frozen:
         return logits.softmax(1)
 
     def features(images: Tensor) -> Tensor:
-        return torch.cat(mm.trunk.feature_maps(images), 1)
+        return torch.cat(mm.model.backbone(images), 1)
 
     has_head = hasattr(mm.model, "decode_head")
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)

@@ -55,18 +55,19 @@ def _mm_settings(config: str) -> PatchSettings:
     cfg = read_config(config)
     model = cfg.model.get("module", cfg.model)  # test-time augmentation wraps the model
     if is_classifier(cfg):
-        backbone, patch_size, prepare = model, _patch_size_of(model), _cls_prepare(cfg.test_dataloader.dataset)
+        backbone, prepare = model, _cls_prepare(cfg.test_dataloader.dataset)
     else:
         backbone = model.get("backbone", {})
-        patch_size = backbone.get("patch_size", 16)
         resizes = [step for step in cfg.get("test_pipeline", []) if "scale" in step]
         prepare = _mm_resize(resizes[0]) if resizes else with_longest_side(None)
+    patch_size = _patch_size_of(backbone) if "model" in backbone else backbone.get("patch_size", 16)
     thresholds = {int(size): float(threshold) for size, threshold in (backbone.get("thresholds") or {}).items()}
     scorer = backbone.get("scorer", "entropy")
     return PatchSettings(patch_size, check_thresholds(thresholds, patch_size), scorer, prepare)
 
 
 def _patch_size_of(model: dict) -> int:
+    """Of a model of timm's."""
     import timm
     import torch
 
