@@ -9,11 +9,12 @@ from PIL import Image
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.images import to_tensor
 
-from .cases import ADAPTIVE_MODES, DENSE_MODES, HOST_ONLY, core, make_cases
+from .cases import ADAPTIVE_MODES, DENSE_MODES, HOST_ONLY, Eva02Trunks, core, make_cases
 from .hosts import Trunk, build_host
 from .images import load_images, make_batch
 from .measure import Host
 from .scorers import Scorers
+from .timm_trunks import TimmTrunks
 from .training import TrainingStep
 
 MODES = (*DENSE_MODES, *ADAPTIVE_MODES)
@@ -48,32 +49,47 @@ def make_host(config: str | None, side: int | None, args: argparse.Namespace) ->
 
 
 def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, dict]:
-    from tools.mm_config import read_config
+    from tools.mm_config import is_classifier, read_config
+    from tools.patch_settings import native_side, patch_size_of
 
     cfg = read_config(path, import_custom_modules=False)
-    arguments = {key: value for key, value in cfg.model.backbone.items() if key not in HOST_ONLY}
-    arguments["with_cp"] = False
+    if is_classifier(cfg):
+        if args.whole:
+            raise ValueError(f"{path}: a classifier's head is one layer; leave out --whole")
+        names = ("model", "img_size", "thresholds", "scorer", "merge")
+        arguments = {name: cfg.model[name] for name in names if name in cfg.model} | {"norm": True}
+    else:
+        arguments = {key: value for key, value in cfg.model.backbone.items() if key not in HOST_ONLY}
     if not arguments.get("thresholds"):
         raise ValueError(f"{path} has no thresholds; name an adaptive configuration")
-    side = arguments["img_size"] = side or arguments["img_size"]
-    patch_size = arguments.get("patch_size", 16)
-    window = patch_size * (arguments.get("window_size") or 1)
-    if side % window:  # dense windows would be filled up, packed ones cut: not the same network
+    depth, is_timm = arguments.get("depth", 12), "model" in arguments
+    patch_size = patch_size_of(arguments) if is_timm else arguments.get("patch_size", 16)
+    side = side or arguments.get("img_size") or native_side(arguments["model"])
+    if is_timm:
+        if args.blocks:
+            raise ValueError("--blocks is for EVA-02's configurations; timm's networks run whole")
+        side += -side % patch_size
+    elif side % (window := patch_size * (arguments.get("window_size") or 1)):
+        # Dense windows would be filled up, packed ones cut: not the same network.
         raise ValueError(f"a side of {side} pixels is not a multiple of the attention window's, {window}")
-    depth = arguments.get("depth", 12)
     if args.blocks:
         arguments.update(depth=args.blocks, out_indices=(-1,))
         arguments["global_blocks"] = [index for index in arguments["global_blocks"] if index < args.blocks]
+    arguments["img_size"] = side
 
-    is_segmenter = "decode_head" in cfg.model
-    images = _images(args, side, 1.0 if is_segmenter else None)  # a segmenter's crops are square
+    takes_squares = "decode_head" in cfg.model or is_classifier(cfg)  # a segmenter's crops, a classifier's images
+    images = _images(args, side, 1.0 if takes_squares else None)
     own = {int(size): value for size, value in arguments["thresholds"].items()}
     thresholds = _thresholds(args, images, own, patch_size, arguments.get("scorer", "entropy"))
-    modes = args.modes or [mode for mode in MODES if not (is_segmenter and mode.endswith("-rect"))]
-    cases = make_cases(arguments, modes, thresholds, args.padding, args.device)
+    modes = args.modes or [mode for mode in MODES if not (takes_squares and mode.endswith("-rect"))]
+    trunks = (TimmTrunks if is_timm else Eva02Trunks)(arguments, args.device)
+    cases = make_cases(trunks, modes, thresholds, args.padding)
+    if not cases:
+        raise ValueError(f"{path} has windows or finer maps, which timm has not: compare with --modes packed,apt")
     if args.compile:
         for case in cases:
-            case.model.compile_blocks()
+            part = case.model if hasattr(case.model, "compile_blocks") else core(case.model)
+            part.compile_blocks()
     first = core(cases[0].model)
     normalization = torch.tensor([first.pixel_mean, first.pixel_std])[:, :, None, None]
     batches = [make_batch(image, normalization, first.patch_size, side, args.batch_size) for image in images]

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from apt_backbones import APTEva02, PatchLayout
+from apt_backbones.trunk import AdaptiveTrunk, find_trunk
 
 from .clock import Parts
 from .images import Batch
 from .reference_eva02 import ReferenceEva02
+from .timm_trunks import ReferenceTimm, TimmTrunks
 
 DENSE_MODES = ("dense", "dense-rect", "packed")
 ADAPTIVE_MODES = ("random", "resizing", "apt", "apt-rect")
 BACKBONE_STAGES = ("score", "layout", "rotary", "embed", "trunk", "map")
 CPU = torch.device("cpu")
-HOST_ONLY = ("type", "init_cfg", "test_dtype", "drop_path_rate")  # what a config says to mmengine, or for training
+# What a config says to mmengine, of files, or for training.
+HOST_ONLY = ("type", "init_cfg", "checkpoint", "frozen", "test_dtype", "drop_path_rate", "with_cp")
 
 
 @dataclass
@@ -61,60 +64,77 @@ class Case:
         return batch.rectangle if self.rectangular else batch.square
 
 
-def make_cases(
-    arguments: dict,
-    modes: Sequence[str],
-    thresholds: dict[str, dict[int, float]],
-    padding: str,
-    device: torch.device = CPU,
-) -> list[Case]:
-    """One case per dense mode, and per adaptive mode and set of thresholds; all share one set of random weights.
+class Eva02Trunks:
+    """EVA-02 in every mode, with one set of random weights.
 
     Args:
-        arguments: of ``APTEva02``.
+        arguments: of ``APTEva02``; their thresholds and merging do not count.
+    """
+
+    def __init__(self, arguments: dict, device: torch.device = CPU):
+        self.arguments, self.device = arguments, device
+        torch.manual_seed(0)
+        with device:
+            self.packed = APTEva02(**{**arguments, "thresholds": None}).eval()
+
+    def reference(self) -> nn.Module:
+        return ReferenceEva02(self.packed).eval()
+
+    def adaptive(self, **options) -> nn.Module:
+        with self.device:
+            model = APTEva02(**{**self.arguments, "depth": 1, "out_indices": (0,), "global_blocks": (), **options})
+        for name in ("patch_embed", "blocks", "pos_embed", "cls_token", "out_indices", "global_blocks"):
+            setattr(model, name, getattr(self.packed, name))
+        return model.eval()
+
+
+def make_cases(
+    trunks: Eva02Trunks | TimmTrunks, modes: Sequence[str], thresholds: dict[str, dict[int, float]], padding: str
+) -> list[Case]:
+    """One case per dense mode, and per adaptive mode and set of thresholds. Where there is no other implementation of
+    the dense network the packed one is what others are compared with.
+
+    Args:
         thresholds: label -> thresholds.
         padding: of the adaptive modes.
     """
-    torch.manual_seed(0)
-    with device:
-        dense = APTEva02(**{**arguments, "thresholds": None}).eval()
-
-    def adaptive(merge: str, limits: dict[int, float]) -> APTEva02:
-        options = dict(thresholds=limits, merge=merge, padding=padding)
-        with device:
-            model = APTEva02(**{**arguments, "depth": 1, "out_indices": (0,), "global_blocks": (), **options})
-        for name in ("patch_embed", "blocks", "pos_embed", "cls_token", "out_indices", "global_blocks"):
-            setattr(model, name, getattr(dense, name))
-        return model.eval()
-
-    cases = []
+    cases, reference = [], trunks.reference()
     for mode in modes:
+        is_rectangular = mode.endswith("-rect")
         if mode == "packed":
-            cases.append(Case(mode, dense))
-        elif mode in DENSE_MODES:
-            cases.append(Case(mode, ReferenceEva02(dense).eval(), True, rectangular=mode.endswith("-rect")))
-        else:
+            cases.append(Case(mode, trunks.packed, reference is None))
+        elif mode not in DENSE_MODES:
             merge = mode.removesuffix("-rect")
             cases += [
-                Case(f"{mode} {label}", adaptive(merge, limits), rectangular=mode.endswith("-rect"))
+                Case(
+                    f"{mode} {label}",
+                    trunks.adaptive(thresholds=limits, merge=merge, padding=padding),
+                    False,
+                    is_rectangular,
+                )
                 for label, limits in thresholds.items()
             ]
+        elif reference is not None:
+            cases.append(Case(mode, reference, True, is_rectangular))
     return cases
 
 
-def core(model: nn.Module) -> APTEva02:
-    """The packed model behind either implementation."""
-    return model.model if isinstance(model, ReferenceEva02) else model
+def core(model: nn.Module) -> AdaptiveTrunk:
+    """The packed trunk behind any implementation."""
+    return find_trunk(model)
 
 
 def trunk_parts(model: nn.Module) -> Parts:
     if isinstance(model, ReferenceEva02):
         return {"embed": [(model, "_embed")], "trunk": [(model, "forward")], "map": [(model, "_to_map")]}
+    if isinstance(model, ReferenceTimm):
+        return {"trunk": [(model, "forward")]}
+    trunk = core(model)
     return {
-        "score": [(model, "select")],
-        "layout": [(model, "layout")],
-        "rotary": [(model, "rotations")],
-        "embed": [(model, "_embed")],
+        "score": [(trunk, "select")],
+        "layout": [(trunk, "layout")],
+        "rotary": [(trunk, "rotations")],
+        "embed": [(trunk, "_embed")],
         "trunk": [(model, "forward")],
         "map": [(PatchLayout, "to_map")],
     }
@@ -141,12 +161,11 @@ def describe_trunk(case: Case, batches: list[Batch]) -> float:
     return gflops / images_seen
 
 
-def block_gflops(layout: PatchLayout, model: APTEva02) -> float:
+def block_gflops(layout: PatchLayout, model: AdaptiveTrunk) -> float:
     """Multiply-adds of the blocks' matrix products times two, in units of 1e9."""
-    dim, hidden = model.embed_dim, model.blocks[0].mlp.fc2.in_features
     total = 0
-    for index in range(len(model.blocks)):
-        is_global = model.window_size is None or index in model.global_blocks
-        lengths = (layout.images if is_global else layout.windows).lengths
-        total += layout.num_tokens * (4 * dim * dim + 3 * dim * hidden) + 2 * dim * sum(n * n for n in lengths)
+    for index, block in enumerate(model.blocks):
+        weights = sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+        lengths = (layout.windows if model.is_windowed(index) else layout.images).lengths
+        total += layout.num_tokens * weights + 2 * model.embed_dim * sum(n * n for n in lengths)
     return 2 * total / 1e9

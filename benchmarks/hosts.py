@@ -71,7 +71,7 @@ class Trunk:
         """What must be equal in different implementations of the same: dense and packed, reference and fast head."""
         images, model = case.images(batch), core(case.model)
         maps = case.model(images)
-        grid = tuple(-(-side // model.patch_size) for side in images.shape[2:])
+        grid = tuple(-(-side // model.patch_size) * model.map_scale for side in images.shape[2:])
         for feature_map in maps:
             assert feature_map.shape == (len(images), model.embed_dim, *grid), f"{case.name}: {feature_map.shape}"
             assert feature_map.isfinite().all(), f"{case.name} computes NaN"
@@ -112,11 +112,8 @@ class Segmenter(Trunk):
         return self.model.encode_decode(images, [{"img_shape": images.shape[2:]}] * len(images))
 
     def parts(self, case: Case) -> Parts:
-        return {
-            **super().parts(case),
-            "neck": [(self.model.neck, "forward")],
-            "head": [(self.model.decode_head, "forward")],
-        }
+        neck = {"neck": [(self.model.neck, "forward")]} if self.model.with_neck else {}
+        return {**super().parts(case), **neck, "head": [(self.model.decode_head, "forward")]}
 
     def check(self, case: Case, batch: Batch) -> Sequence[Tensor]:
         images, logits = case.images(batch), self.forward(case, batch)
@@ -126,9 +123,9 @@ class Segmenter(Trunk):
 
     def other_gflops(self, case: Case) -> float:
         batch = self.batches[0]
-        maps = case.model(case.images(batch))
+        maps, neck = case.model(case.images(batch)), self.model.neck if self.model.with_neck else nn.Identity()
         self._use(case)
-        return count_gflops(lambda: self.model.decode_head(self.model.neck(maps))) / len(maps[0])
+        return count_gflops(lambda: self.model.decode_head(neck(maps))) / len(maps[0])
 
 
 class Detector(Trunk):
@@ -243,8 +240,10 @@ def build_host(cfg, heads: Sequence[str], *args) -> Trunk:
     except ImportError as error:
         raise ImportError(f"a whole model needs mmcv with its operators, mmdet and mmseg ({error})") from error
     init_default_scope(cfg.default_scope)
-    # A trunk of one block, which the cases' replace.
-    cfg.model.backbone.update(depth=1, out_indices=(0,), global_blocks=(), init_cfg=None)
+    # The cases' replace the trunk: here it has one block, or is timm's without its weights.
+    is_timm = "model" in cfg.model.backbone
+    small = dict(checkpoint=None) if is_timm else dict(depth=1, out_indices=(0,), global_blocks=(), init_cfg=None)
+    cfg.model.backbone.update(small)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     if heads and not hasattr(getattr(model, "decode_head", None), "inference"):

@@ -108,7 +108,7 @@ class Experiment:
         if "thresholds" in cfg.model.backbone:
             calibration = self.calibration_of_learned if path == self.path("learned") else self.calibration
             cfg.model.backbone.thresholds = calibration["thresholds"]
-        return rescaled(cfg, scale) if scale != 1 else cfg
+        return rescaled(cfg, scale, cfg.model.backbone.patch_size) if scale != 1 else cfg
 
     # ------------------------------------------------------------------------------------------- steps
 

@@ -17,15 +17,17 @@ from apt_backbones import APTEva02, PatchLayout, score_patches
 from apt_backbones.freeze import is_new
 from benchmarks import clock, report, scorers
 from benchmarks import run_all as all_parts
-from benchmarks.cases import Case, block_gflops, make_cases
+from benchmarks.cases import Case, Eva02Trunks, block_gflops, core
 from benchmarks.images import load_images, make_batch
 from benchmarks.llava import SHAPES as LLAVA_SHAPES
 from benchmarks.reference_eva02 import ReferenceEva02
+from benchmarks.timm_trunks import ReferenceTimm, TimmTrunks
 from tests.golden import relative_error
 from tests.scripts import ROOT, run_script
 from tools import benchmark
 
 TOOL = "tools/benchmark.py"
+CLASSIFIER = ROOT / "cls_configs/vit_b_16_224_apt.py"
 
 CONFIG = """
 model = dict(backbone=dict(type="APTEva02", img_size=128, embed_dim=48, depth=2, num_heads=3, window_size=4,
@@ -89,6 +91,41 @@ def test_a_run_reports_every_mode_with_what_it_kept(folder, monkeypatch, capsys)
     assert {"score", "layout", "rotary"} <= rows["apt 0.7"]["stages_ms"].keys()
     assert {"hardware", "torch", "command", "date"} <= written.keys()
     assert "apt 0.7" in capsys.readouterr().out
+
+
+TIMM = """
+model = dict(backbone=dict(type="APTTimm", model="vit_tiny_patch16_224", out_indices=(5, -1),
+                           thresholds={{32: 4.0}}, {}))
+"""
+
+
+def timm_config(folder, options=""):
+    (folder / "timm.py").write_text(TIMM.format(options))
+    return folder / "timm.py"
+
+
+def test_the_dense_mode_of_a_timm_vit_is_timms_own_code(folder, monkeypatch):
+    """And without merging both others compute the same; classifiers see squares."""
+    written = run(monkeypatch, folder, "--keep", 0.7, "--stages", model=timm_config(folder, "norm=True"))
+    rows = rows_of(written["results"][0])
+    assert list(rows) == ["dense", "dense-rect", "packed", "random 0.7", "resizing 0.7", "apt 0.7", "apt-rect 0.7"]
+    assert rows["dense"]["tokens_per_image"] == rows["packed"]["tokens_per_image"] == 14**2
+    assert rows["apt 0.7"]["content_kept"] == rows["resizing 0.7"]["content_kept"] <= 0.75
+    assert rows["apt 0.7"]["gflops_per_image"] < rows["dense"]["gflops_per_image"] == rows["packed"]["gflops_per_image"]
+    (classifier,) = run(monkeypatch, folder, "--modes", "packed,apt", model=CLASSIFIER)["results"]
+    assert rows_of(classifier)["packed"]["tokens_per_image"] == 14**2
+
+    right = ReferenceTimm.forward
+    monkeypatch.setattr(ReferenceTimm, "forward", lambda *args: tuple(1.01 * x for x in right(*args)))
+    with pytest.raises(AssertionError, match="packed and dense differ"):
+        run(monkeypatch, folder, "--modes", "dense,packed", model=timm_config(folder))
+
+
+@pytest.mark.parametrize("options", ["window_size=2", "map_fill='interpolate', map_scale=2", "keep_prefix=False"])
+def test_where_timm_has_no_such_network_the_packed_one_is_compared_with(folder, monkeypatch, options):
+    rows = rows_of(run(monkeypatch, folder, model=timm_config(folder, options))["results"][0])
+    assert "dense" not in rows and rows["packed"]["speed_vs_packed"]["median"] == 1
+    assert rows["resizing 0.7"]["speed_vs_packed"]["median"] > 0
 
 
 def test_a_full_fine_tune_of_the_dense_model_is_compared_with_the_short_one(folder, monkeypatch, capsys):
@@ -191,11 +228,16 @@ def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, messag
         (["--images", "nowhere.png"], "nowhere.png"),
         (["--aspect", "0:0"], "0:0 is not width:height, such as 4:3"),
         (["--img-sizes", 96], "not a multiple of the attention window's, 64"),
+        (["timm", "--modes", "dense"], "compare with --modes packed,apt"),
+        (["timm", "--blocks", 2], "--blocks is for EVA-02's configurations"),
+        (["classifier", "--whole"], "a classifier's head is one layer; leave out --whole"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, monkeypatch, capsys, arguments, message):
+    models = {"timm": timm_config(folder, "window_size=2"), "classifier": CLASSIFIER}
+    model, arguments = models.get(arguments[0]), [text for text in arguments if text not in models]
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, folder, *arguments)
+        run(monkeypatch, folder, *arguments, model=model)
     assert message in str(stop.value) + capsys.readouterr().err
 
 
@@ -255,10 +297,15 @@ def test_saved_activations_count_once_and_without_the_weights():
     assert clock.saved_bytes(lambda: linear(x).sum(), linear) == 0
 
 
-@pytest.mark.parametrize("options", [dict(window_size=4, global_blocks=(1,)), dict(use_cls_token=True)])
+@pytest.mark.parametrize(
+    "options", [dict(window_size=4, global_blocks=(1,)), dict(use_cls_token=True), dict(model="vit_tiny_patch16_224")]
+)
 def test_arithmetic_of_the_blocks_is_what_pytorch_counts(options):
-    arguments = dict(img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 4.0}, **options)
-    dense, packed = (case.model for case in make_cases(arguments, ("dense", "packed"), {}, "drop"))
+    if "model" in options:
+        trunks = TimmTrunks({**options, "img_size": 128}, torch.device("cpu"))
+    else:
+        trunks = Eva02Trunks(dict(img_size=128, embed_dim=48, depth=2, num_heads=3, **options))
+    dense, packed = trunks.reference(), core(trunks.packed)
     images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         dense(images)  # resamples positions, once

@@ -10,13 +10,15 @@ examples:
   python tools/benchmark.py det_configs/eva02_l_apt_1536.py --img-sizes 512 1024 1536 2048 --keep 1 0.7 0.5
   python tools/benchmark.py --scorers --img-sizes 1536
 
-Configurations are adaptive ones of detectors and segmenters; for LLaVA name a shape (llava-1.5-7b, llava-1.5-13b,
-llava-small, llava-tiny) or the folder of a model. Weights are random: speed does not depend on them. All modes run
-interleaved on every batch, and ratios are taken between runs on the same batch in the same round; medians are quoted.
+Configurations are adaptive ones of detectors, segmenters and classifiers; for LLaVA name a shape (llava-1.5-7b,
+llava-1.5-13b, llava-small, llava-tiny) or the folder of a model. Weights are random: speed does not depend on them. All
+modes run interleaved on every batch, and ratios are taken between runs on the same batch in the same round; medians are
+quoted.
 Modes:
-  dense       the reference dense implementation, images padded to a square
+  dense       the reference dense implementation (of timm's networks timm's own), images padded to a square
   dense-rect  the same on images that are padded only to whole patches
-  packed      the packed implementation without thresholds, images padded to a square
+  packed      the packed implementation without thresholds, images padded to a square; compared with where timm has no
+              such network (windows, finer maps, no prefix tokens)
   random, resizing, apt
               adaptive; --padding says what becomes of the square's padding
   apt-rect    apt on images that are padded only to whole patches

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apt_backbones.mm.cls import data_config, now
+from apt_backbones.mm.cls import now
 from tools.mm_config import build_runner, is_classifier
+from tools.patch_settings import native_side
 from tools.steps import console, track
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
@@ -96,11 +97,15 @@ def tested_images(
 
 def side_of(dataset: dict) -> int:
     """Side in pixels of the images of a classifier's data set."""
-    return dataset.get("img_size") or data_config(dataset["model"])["input_size"][-1]
+    return dataset.get("img_size") or native_side(dataset["model"])
 
 
-def rescaled(cfg: Config, scale: float) -> Config:
-    """A copy of a configuration whose test has images, crops and padding of another scale."""
+def rescaled(cfg: Config, scale: float, patch_size: int) -> Config:
+    """A copy of a configuration whose test has images, crops and padding of another scale.
+
+    Args:
+        patch_size: in whole numbers of which squares are padded.
+    """
 
     def sides(values: Sequence[int]) -> tuple[int, ...]:
         return tuple(round(scale * value) for value in values)
@@ -111,12 +116,12 @@ def rescaled(cfg: Config, scale: float) -> Config:
         dataset.img_size = round(scale * side_of(dataset))
         cfg.model.model_options = {**cfg.model.get("model_options", {}), "dynamic_img_size": True}
         return cfg
+    preprocessor, test_cfg = cfg.model.data_preprocessor, cfg.model.test_cfg
     for step in dataset.pipeline:
         if "scale" in step:
+            if preprocessor.get("pad_size_divisor", 1) >= min(step.scale):  # it pads to squares
+                preprocessor.pad_size_divisor = round(scale * preprocessor.pad_size_divisor / patch_size) * patch_size
             step.scale = sides(step.scale)
-    preprocessor, test_cfg = cfg.model.data_preprocessor, cfg.model.test_cfg
-    if "pad_size_divisor" in preprocessor:
-        (preprocessor.pad_size_divisor,) = sides([preprocessor.pad_size_divisor])
     if "crop_size" in test_cfg:
         test_cfg.update(crop_size=sides(test_cfg.crop_size), stride=sides(test_cfg.stride))
     return cfg

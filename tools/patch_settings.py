@@ -60,14 +60,21 @@ def _mm_settings(config: str) -> PatchSettings:
         backbone = model.get("backbone", {})
         resizes = [step for step in cfg.get("test_pipeline", []) if "scale" in step]
         prepare = _mm_resize(resizes[0]) if resizes else with_longest_side(None)
-    patch_size = _patch_size_of(backbone) if "model" in backbone else backbone.get("patch_size", 16)
+    patch_size = patch_size_of(backbone) if "model" in backbone else backbone.get("patch_size", 16)
     thresholds = {int(size): float(threshold) for size, threshold in (backbone.get("thresholds") or {}).items()}
     scorer = backbone.get("scorer", "entropy")
     return PatchSettings(patch_size, check_thresholds(thresholds, patch_size), scorer, prepare)
 
 
-def _patch_size_of(model: dict) -> int:
-    """Of a model of timm's."""
+def native_side(model: str) -> int:
+    """Side in pixels of the images that a model of timm's is made for."""
+    import timm
+
+    return timm.get_pretrained_cfg(model).input_size[-1]
+
+
+def patch_size_of(model: dict) -> int:
+    """Of a model of timm's, as a configuration has it."""
     import timm
     import torch
 

@@ -19,14 +19,9 @@ from torchvision.transforms import Compose
 from ..backbones.timm_vit import adapt, timm_weights
 
 
-def data_config(model: str) -> dict:
-    """timm's size, crop, interpolation and normalization of the images for a network."""
-    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
-
-
 def transform_of(model: str, img_size: int | None = None, is_training: bool = False, **options) -> Compose:
     """timm's transform of an image for a network; arguments as of ``FolderOfClasses``."""
-    of_model = data_config(model)
+    of_model = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
     if img_size is not None:
         of_model["input_size"] = (3, img_size, img_size)
     return create_transform(is_training=is_training, **{**of_model, **options})
