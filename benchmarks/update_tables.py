@@ -5,19 +5,22 @@ examples:
   python benchmarks/update_tables.py          # after new results
   python benchmarks/update_tables.py --check  # tells whether the tables are up to date, and changes nothing
 
-A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: summary, det, seg, vqa, speeds,
-bench:FILE for a table of docs/benchmarks/FILE.json, and equal:FILE for one of docs/results/equal_tokens_FILE.json.
+A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: headline, summary, det, seg,
+vqa, budgets:FILE, speeds, bench:FILE for a table of docs/benchmarks/FILE.json, and equal:FILE (for classification
+classes:FILE) for one of docs/results/equal_tokens_FILE.json.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
 from tools.cli import parser_of, run
-from benchmarks.study import point_of
+from benchmarks.study import PATCH, point_of
 from examples.report import AFTER, DENSE, SMALLER_DENSE, markdown_of
+from tools.equal_tokens import table_of
 from tools.results import markdown, read_table
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,15 @@ METRICS = ("mIoU", "mAP", "person", "any class", "any class, small")
 FILLS = {"repeat": "network's maps", "interpolate": "interpolated", "learned": "learned", "dense": "dense maps"}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
+# Rows of the first table: what it is, its file, the metric, and how maps are filled.
+HEADLINES = (
+    ("CamVid, linear head, mIoU", "camvid", "mIoU", "learned"),
+    ("CamVid, UperNet, mIoU", "camvid_upernet", "mIoU", "learned"),
+    ("COCO's things, linear head, mIoU", "things", "mIoU", "repeat"),
+    ("COCO's persons, boxes of a weak detector, AP", "coco", "person", "interpolate"),
+    ("groceries, 81 classes, linear head, accuracy", "grocery", "accuracy", "repeat"),
+    ("clothing, 10 classes, linear head, accuracy", "clothing-dataset-small", "accuracy", "repeat"),
+)
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
 # merging, at 70 % and at 50 % of the tokens.
 TRUNK = ("packed", "apt 0.7", "apt 0.5")
@@ -91,6 +103,59 @@ def summary() -> str:
         rows.append([title, metric, *numbers, f"{of[AFTER].content_kept:.1%}", f"{of[AFTER].relative_speed:.2f}x"])
     names = ["dense", "smaller image", "random", "resizing", "APT", "learned scorer"]
     return table(["task", "metric", *names, "content tokens kept", "speed of the whole model"], rows)
+
+
+def headline() -> str:
+    """One row per study of pretrained weights, at the measured budget nearest to two thirds of the tokens: quality of
+    the whole image and of a smaller one of as many tokens, and what else at that many gains over the latter; in bold if
+    by more than two errors."""
+    rows = []
+    for label, file, metric, fill in HEADLINES:
+        measured = json.loads((ROOT / f"docs/results/equal_tokens_{file}.json").read_text())
+        results, gained = (
+            [line for line in lines if line.get("pool", "cls") == "cls"]
+            for lines in (measured["results"], measured.get("gains", measured["results"]))
+        )
+        entropy = [_gain_of(line, metric) for line in gained if line["scorer"] == "entropy"]
+        image = entropy[0]["image"]
+        tokens = math.prod(int(side) // PATCH for side in image.split("x"))
+        learned = [
+            _gain_of(line, metric)
+            for line in gained
+            if (line["scorer"], line["image"], line["fill"]) == ("learned", image, fill) and line.get("adapters", True)
+        ]
+        best = min(learned, key=lambda of: abs(of["tokens"] / tokens - 2 / 3))
+        other = min(entropy, key=lambda of: abs(of["tokens"] - best["tokens"]))
+        dense = [
+            line
+            for line in results
+            if (line["method"], line["image"], line.get("split", "test")) == ("dense", image, "test")
+            and line.get("head") == measured.get("kept_head")
+        ]
+        # Where nothing merges nothing is learned, and not every study interpolates dense maps.
+        dense_fill = max({line["fill"] for line in dense} & {fill, "interpolate", "repeat"}, key=list(FILLS).index)
+        whole = statistics.mean(line[metric] for line in dense if line["fill"] == dense_fill)
+        lora = "" if best["lora"] is None else f"{best['gain'] - best['lora']:+.1f}"
+        smaller = best["value"] - best["gain"]
+        quality = [f"{whole:.1f}", f"{smaller:.1f}", lora, f"{other['gain']:+.1f}"]
+        gain = f"{best['gain']:+.1f} ± {best['error']:.1f}"
+        gain = f"**{gain}**" if best["gain"] > 2 * best["error"] else gain
+        rows.append([label, f"{best['tokens'] / tokens:.0%}", *quality, gain])
+    return table(
+        ["", "tokens", "whole image", "smaller image", "with LoRA", "merging, entropy", "merging, learned"], rows
+    )
+
+
+def _gain_of(line: dict, metric: str) -> dict:
+    """What a line of a study's results says of one metric over smaller images, whatever the study calls it."""
+    of = {name: line[name] for name in ("scorer", "image", "fill", "tokens")}
+    if metric == "mIoU":
+        return of | {"value": line["mIoU"], "gain": line["kept"], "error": line["error"], "lora": line["lora"]}
+    if metric == "accuracy":
+        gain, error, lora = (line[f"accuracy_over_{name}"] for name in ("dense", "dense_error", "lora"))
+        return of | {"value": line[metric], "gain": gain, "error": error, "lora": lora}
+    value, gain = line[metric]
+    return of | {"value": value, "gain": gain, "error": line["errors"][metric], "lora": None}
 
 
 def bench(name: str) -> str:
@@ -155,6 +220,12 @@ def equal_tokens(name: str) -> str:
     return table(["method", "image", "tokens", *([FILLS[fill] for fill in fills] or metrics), "CPU ms"], lines)
 
 
+def budgets(name: str) -> str:
+    """What tools/equal_tokens.py found."""
+    report = json.loads((ROOT / f"docs/results/{name}_equal_tokens.json").read_text())
+    return f"{table_of(report)}\nHardware: {report['hardware']}. Command: `python {report['command']}`.\n"
+
+
 def classes(name: str) -> str:
     """One row per method and size: accuracy by pooling, of the CLS token also cross-entropy and divergence, each with
     what it gains over dense images of as many tokens; of the CLS token's accuracy also over those read with LoRA."""
@@ -194,13 +265,15 @@ def text_of(name: str) -> str:
         return equal_tokens(name.removeprefix("equal:"))
     if name.startswith("classes:"):
         return classes(name.removeprefix("classes:"))
+    if name.startswith("budgets:"):
+        return budgets(name.removeprefix("budgets:"))
     if name in ("det", "seg", "vqa"):
         return markdown_of(report(name))
-    tables = {"summary": summary, "speeds": speeds}
+    tables = {"headline": headline, "summary": summary, "speeds": speeds}
     if name not in tables:
         raise ValueError(
-            f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, bench:FILE, equal:FILE and "
-            "classes:FILE"
+            f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, budgets:FILE, bench:FILE, "
+            "equal:FILE and classes:FILE"
         )
     return tables[name]()
 

@@ -28,9 +28,15 @@ SUBSTITUTIONS = (
     ("accelerate launch --num_processes 8", "accelerate launch --cpu --num_processes 1"),
     ("--launcher pytorch --amp", "--launcher pytorch"),
     ("--device cuda --dtype bf16", "--device cpu --num-images 1 --rounds 1"),
+    # The first command of README.md stands before the training whose checkpoint it names.
+    (
+        "equal_tokens.py seg_configs/eva02_l_apt_512.py work_dirs/seg/eva02_l_apt_512/iter_4000.pth",
+        "equal_tokens.py seg_configs/eva02_l_apt_512.py checkpoints/eva02_l_seg_512.pth --keep 0.5",
+    ),
     # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
+    ("iter_400.pth", "iter_1.pth"),
     # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.
     ("eva02-det eva02_L_coco_sys.pth checkpoints/", "eva02-det eva02_L_coco_sys.pth converted/"),
     (
@@ -146,6 +152,8 @@ def fill(folder: Path) -> None:
                 (configs / f"{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
     with open(folder / "seg_configs/_base_/photoshapes.py", "a") as config:
         config.write(_MULTI_SCALE)
+    with open(folder / "seg_configs/dinov2_s_linear_dense_camvid.py", "a") as config:
+        config.write(_SMALL + _ONE_STEP)
     (folder / "checkpoints").mkdir()
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
         weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
@@ -155,7 +163,8 @@ def fill(folder: Path) -> None:
             shutil.copy(weights, folder / "checkpoints" / name)
     torch.save({"model": load_golden("eva02_cascade_tiny").weights}, folder / "eva02_L_coco_sys.pth")
     vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
-    save_file(vit.state_dict(), folder / "dinov2_s14.safetensors")
+    for name in ("dinov2_s14", "checkpoints/vit_small_patch14_dinov2.lvd142m"):
+        save_file(vit.state_dict(), folder / f"{name}.safetensors")
     seg = {"state_dict": load_golden("eva02_seg_tiny").weights}
     torch.save(seg, folder / "eva02_L_ade_seg_upernet_sz512.pth")
 
@@ -165,6 +174,15 @@ def fill(folder: Path) -> None:
         for target in (folder / "data/coco", folder / "coco"):
             target.mkdir(exist_ok=True)
             (target / name).symlink_to(shapes / "images" / split)
+    for split, photos in (("train", "training"), ("val", "validation"), ("test", "validation")):
+        images, masks = (folder / "data/camvid" / f"{split}{suffix}" for suffix in ("", "annot"))
+        images.mkdir(parents=True)
+        masks.mkdir()
+        for path in sorted((shapes / "images" / photos).iterdir()):
+            Image.open(path).save(images / f"{path.stem}.png")
+            (masks / f"{path.stem}.png").write_bytes(
+                (shapes / "annotations" / photos / f"{path.stem}.png").read_bytes()
+            )
     (folder / "data/ade").mkdir()
     (folder / "data/ade/ADEChallengeData2016").symlink_to(shapes)
     photos = Path(skimage.__file__).parent / "data"

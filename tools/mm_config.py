@@ -32,11 +32,16 @@ class Settings(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work-dir", help="folder for logs and checkpoints (work_dirs/det/CONFIG, work_dirs/seg/...)")
+def add_settings_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options", nargs="+", action=Settings, help='settings that replace the file\'s: key=value, key="[a,b]"'
     )
+    parser.set_defaults(launcher="none", local_rank=0)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints (work_dirs/det/CONFIG, work_dirs/seg/...)")
+    add_settings_argument(parser)
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="job launcher")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the launcher")
 

@@ -1,0 +1,179 @@
+"""tools/equal_tokens.py: its lines are what tools/test.py says of the same settings."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.scripts import ROOT, data_options, run_script
+from tools import compare, equal_tokens
+from tools import test as test_tool
+
+APT, DENSE = (f"seg_configs/eva02_tiny_{method}_photoshapes.py" for method in ("apt", "dense"))
+WEIGHTS = "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+SCORER = "seg_configs/checkpoints/eva02_tiny_scorer_photoshapes.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def settings(options):
+    return ["--cfg-options", *(f"{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture(scope="module")
+def run(photoshapes, tmp_path_factory):
+    """The arguments of a comparison of the small segmenter, and what it reports."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = [APT, WEIGHTS, "--work-dir", str(folder), "--keep", "0.8", "0.5", "--scorer", "laplacian", SCORER]
+    arguments += ["random", *settings(data_options(photoshapes))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return arguments, equal_tokens.main(arguments)
+
+
+def metrics_by(config, photoshapes, folder, **options):
+    arguments = [config, WEIGHTS, "--work-dir", str(folder), *settings(data_options(photoshapes) | options)]
+    return test_tool.main(arguments)
+
+
+def line_of(report, title):
+    return next(line for line in report["rows"] if line["title"] == title)
+
+
+def test_lines_are_of_every_size_and_budget(run):
+    titles = [line["title"] for line in run[1]["rows"]]
+    sizes = [f"dense, images of {percent}%" for percent in (90, 70, 65)]
+    budgets = [
+        f"{method}, {percent}%"
+        for method in ("merging, laplacian", "merging, eva02_tiny_scorer_photoshapes", "random")
+        for percent in (80, 50)
+    ]
+    assert titles == ["dense", *sizes, *budgets]
+
+
+def test_without_merging_it_is_the_dense_configuration(run, photoshapes, tmp_path):
+    dense, line = metrics_by(DENSE, photoshapes, tmp_path), line_of(run[1], "dense")
+    assert line["metrics"]["mIoU"] == dense["mIoU"]
+    assert line["metrics"]["mIoU within 3 px of borders"] == dense["border/mIoU"]
+    assert line["content_kept"] == 1 and "gains" not in line
+
+
+def test_smaller_images_have_all_their_sides_in_proportion(run, photoshapes, tmp_path):
+    """Images of 160 pixels in crops of 80, 53 apart, become 112 in crops of 56, 37 apart."""
+    sides = {"test_dataloader.dataset.pipeline.1.scale": "(112,112)"}
+    sides |= {"model.test_cfg.crop_size": "(56,56)", "model.test_cfg.stride": "(37,37)"}
+    smaller, line = metrics_by(DENSE, photoshapes, tmp_path, **sides), line_of(run[1], "dense, images of 70%")
+    assert line["metrics"]["mIoU"] == smaller["mIoU"]
+    assert line["content_kept"] == pytest.approx(0.7**2)
+
+
+def test_merging_is_the_configuration_at_the_thresholds_that_were_found(run, photoshapes, tmp_path):
+    folder = run[0][run[0].index("--work-dir") + 1]
+    scorer = "eva02_tiny_scorer_photoshapes"
+    for title, file, config, options in (
+        ("merging, laplacian, 50%", "laplacian", APT, {}),
+        (f"merging, {scorer}, 50%", scorer, APT, {"model.backbone.scorer": SCORER}),
+        ("random, 50%", "random", APT.replace("apt", "random"), {}),
+    ):
+        with open(f"{folder}/steps/thresholds_of_{file}.json") as found:
+            thresholds = json.load(found)["result"]["0.5"]
+        options = options | {f"model.backbone.thresholds.{size}": value for size, value in thresholds.items()}
+        merged, line = metrics_by(config, photoshapes, tmp_path, **options), line_of(run[1], title)
+        assert line["content_kept"] == merged["content_kept"] == pytest.approx(0.5, abs=0.1)
+        if "random" not in title:
+            assert line["metrics"]["mIoU"] == merged["mIoU"]
+
+
+def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
+    def line(metric, kept, speed):
+        return {"metrics": {"mIoU": metric}, "content_kept": kept, "per_second": speed}
+
+    def tokens(of):
+        return of["content_kept"]
+
+    def seconds(of):
+        return 1 / of["per_second"]
+
+    dense = [line(60.0, 1.0, 1.0), line(50.0, 0.5, 2.0)]
+    merged = line(59.0, 0.6, 1 / 0.75)  # between 0.5 and 1 second
+    assert equal_tokens.over(dense, merged, "mIoU", tokens) == pytest.approx(59 - 52)
+    assert equal_tokens.over(dense, merged, "mIoU", seconds) == pytest.approx(59 - 55)
+    slower, cheaper = line(60.5, 0.9, 0.5), line(40.0, 0.4, 4.0)
+    assert equal_tokens.over(dense, slower, "mIoU", seconds) == pytest.approx(0.5), "over the whole image"
+    assert equal_tokens.over(dense, cheaper, "mIoU", tokens) is None
+
+
+def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run, monkeypatch, capsys):
+    arguments, report = run
+    monkeypatch.setattr(equal_tokens.Comparison, "set_up", None)
+    assert equal_tokens.main(arguments)["rows"] == report["rows"]
+    said = capsys.readouterr().out
+    assert "| merging, laplacian, 50% |" in said
+    assert "random: mIoU over a smaller image" in said and "of as much time" in said
+    folder = arguments[arguments.index("--work-dir") + 1]
+    results = compare.read_table(equal_tokens.Path(folder, "equal_tokens.json"))
+    assert [result.method for result in results] == [line["title"] for line in report["rows"]]
+    assert results[0].relative_speed == 1
+    assert Image.open(f"{folder}/equal_tokens.png").width > 500
+
+
+def test_detectors_and_classifiers(photoshapes, tmp_path):
+    """Their images become smaller, too: of 192 pixels, padded to squares, 168; of 224, 160."""
+    import timm
+    from safetensors.torch import save_file
+
+    from tests.scripts import evaluator_options
+
+    detector = "det_configs/eva02_tiny_{}_photoshapes.py"
+    options = settings(data_options(photoshapes) | evaluator_options(photoshapes))
+    weights = "det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+    arguments = [detector.format("apt"), weights, "--work-dir", str(tmp_path / "det"), "--keep", "0.76", *options]
+    report = equal_tokens.main(arguments)
+    smaller = ["test_dataloader.dataset.pipeline.1.scale=(168,168)", "model.data_preprocessor.pad_size_divisor=168"]
+    expected = test_tool.main([detector.format("dense"), weights, "--work-dir", str(tmp_path), *options, *smaller])
+    line = line_of(report, "dense, images of 87.5%")
+    assert line["metrics"]["box mAP"] == 100 * expected["coco/bbox_mAP"]
+    assert line["tokens"] == expected["tokens"] == 21**2
+
+    for index, name in enumerate(("cats", "dogs")):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.effect_noise((300, 260), 20 + 90 * index + number).convert("RGB").save(
+                tmp_path / "val" / name / f"{number}.png"
+            )
+    vit = timm.create_model("vit_base_patch16_224", depth=1, num_classes=2)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    options = {"num_workers": 0, "persistent_workers": False, "dataset.data_root": tmp_path / "val"}
+    options = {f"test_dataloader.{name}": value for name, value in options.items()}
+    options |= {"model.model_options.depth": 1, "model.num_classes": 2}
+    classifier = ["cls_configs/vit_b_16_224_apt.py", str(tmp_path / "vit.safetensors")]
+    report = equal_tokens.main([*classifier, "--work-dir", str(tmp_path / "cls"), "--keep", "0.5", *settings(options)])
+    line = line_of(report, "dense, images of 71.4%")
+    assert line["tokens"] == 10**2 and 0 <= line["metrics"]["top-1 accuracy"] <= 100
+    assert line_of(report, "merging, entropy, 50%")["content_kept"] == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([APT, "none.pth"], "no checkpoint at none.pth"),
+        ([DENSE, WEIGHTS], "has no thresholds: its model is dense; name an adaptive configuration"),
+        ([APT, WEIGHTS, "--keep", "70"], "--keep takes shares between 0 and 1"),
+        ([APT, WEIGHTS, "--scorer", "none.safetensors"], "none.safetensors"),
+        ([APT, WEIGHTS, "--scorer", SCORER, "copy/eva02_tiny_scorer_photoshapes.safetensors"], "rename one"),
+        (["det_configs/eva02_l_apt_1536.py", WEIGHTS], "no data at data/coco/; put COCO there"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message, photoshapes, tmp_path, monkeypatch):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/eva02_tiny_scorer_photoshapes.safetensors").write_bytes((ROOT / SCORER).read_bytes())
+    for name in ("det_configs", "seg_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    own = settings(data_options(photoshapes)) if "seg_configs" in arguments[0] else []
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, "tools/equal_tokens.py", *arguments, *own)
+    assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code

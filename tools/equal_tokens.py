@@ -1,0 +1,349 @@
+#!/usr/bin/env python
+"""Is merging better than simply a smaller image? By your model, on your test set, at equal tokens and at equal time.
+
+examples:
+  python tools/equal_tokens.py seg_configs/eva02_l_apt_512.py work_dirs/seg/eva02_l_apt_512/iter_4000.pth
+  python tools/equal_tokens.py seg_configs/eva02_l_learned_512.py checkpoints/eva02_l_seg_512.pth \\
+      --scorer checkpoints/scorer.safetensors entropy random --keep 0.5 0.7 0.9
+  python tools/equal_tokens.py det_configs/eva02_tiny_apt_photoshapes.py \\
+      det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
+
+Tests an adaptive configuration without merging, on images of its own size and of smaller ones, and with merging at
+thresholds that keep shares of the tokens (found on the test's images; its labels are not used). Writes a table, a
+chart and a JSON file, which tools/compare.py reads, too. In parentheses is what a method gains over a smaller image of
+as many tokens of the content; between the sizes that are tested the curve is a straight line. Finished tests are kept
+in the work directory: the same command resumes. One test set says little of chance: a few tenths may be noise.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.runner import Runner
+
+from tools.cli import parser_of
+from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
+from apt_backbones.files import write_atomically
+from apt_backbones.scores import SCORERS, check_scorer
+from apt_backbones.selection import undo_normalization
+from apt_backbones.trunk import AdaptiveTrunk, find_trunk
+from tools.compare import metrics_of
+from tools.machine import hardware
+from tools.mm_config import add_settings_argument, check_data, is_classifier, load_config
+from tools.mm_runs import (
+    Bar,
+    build,
+    quiet,
+    ratios_of,
+    rescaled,
+    rgb_of,
+    scorer_of,
+    side_of,
+    tested_images,
+    time_interleaved,
+    trunk_of,
+)
+from tools.results import markdown
+from tools.steps import Steps, digest, fingerprint, run
+
+KEEP = (0.5, 0.6, 0.7, 0.8, 0.9)
+BELOW = 0.85  # of the smallest budget: the smallest image, so that no method is beyond the curve
+CALIBRATED_ON = 200  # images
+
+
+class Row(NamedTuple):
+    """What is tested.
+
+    Attributes:
+        scale: of the images' sides, relative to the configuration's.
+        scorer: by which patches are merged; "random": dropped at random, as many as the configuration's scorer would
+            merge; None: neither.
+        keep: share of the tokens that thresholds are calibrated for.
+    """
+
+    scale: float
+    scorer: str | None = None
+    keep: float = 1.0
+
+    @property
+    def method(self) -> str:
+        if self.scorer is None:
+            return "dense"
+        return "random" if self.scorer == "random" else f"merging, {Path(self.scorer).stem}"
+
+    @property
+    def title(self) -> str:
+        if self.scorer is None:
+            return "dense" if self.scale == 1 else f"dense, images of {100 * self.scale:.3g}%"
+        return f"{self.method}, {100 * self.keep:g}%"
+
+
+class Comparison:
+    """The tests; each is done when it is needed.
+
+    Args:
+        args: the flags of this tool.
+
+    Raises:
+        FileNotFoundError, ValueError: no configuration of an adaptive model, no data, no such scorer.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.cfg = args, load_config(args)
+        check_data(self.cfg, ["test_dataloader"])
+        if not Path(args.checkpoint).is_file():
+            raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
+        if not trunk_of(self.cfg).get("thresholds"):
+            raise ValueError(f"{args.config} has no thresholds: its model is dense; name an adaptive configuration")
+        if not all(0 < keep < 1 for keep in args.keep):
+            raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
+        self.work_dir = Path(args.work_dir or Path("work_dirs", "equal_tokens", Path(args.config).stem))
+        self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
+        inputs = {"config": digest(self.cfg.to_dict()), "checkpoint": fingerprint(args.checkpoint)}
+        self.steps = Steps(self.work_dir / "steps", inputs)
+        self._runners: dict[float, Runner] = {}
+        self._calibrated: dict[str, dict[float, dict[int, float]]] = {}
+        self.thresholds = dict(self.trunk.thresholds)
+        self.scorers = list(dict.fromkeys(args.scorer or [scorer_of(self.cfg)]))
+        for scorer in self.scorers:
+            if scorer != "random":
+                check_scorer(scorer, tuple(self.thresholds))
+        if len({Row(1.0, scorer).method for scorer in self.scorers}) < len(self.scorers):
+            raise ValueError("--scorer: files of the same name cannot be told apart in a table; rename one")
+
+    # ------------------------------------------------------------------------------------------- models
+
+    def runner(self, scale: float) -> Runner:
+        """Tests images of a scale; all runners share the weights."""
+        if scale not in self._runners:
+            with quiet():
+                runner = build(self.cfg if scale == 1 else rescaled(self.cfg, scale, self.trunk.patch_size))
+                if scale == 1:
+                    runner.load_checkpoint(self.args.checkpoint)
+                else:
+                    runner.model.load_state_dict(self.runner(1.0).model.state_dict(), assign=True)
+            runner.model.eval().requires_grad_(False)
+            self._runners[scale] = runner
+        return self._runners[scale]
+
+    @property
+    def trunk(self) -> AdaptiveTrunk:
+        return find_trunk(self.runner(1.0).model)
+
+    def set_up(self, row: Row) -> Runner:
+        """The runner of a row, whose model merges as the row says."""
+        runner = self.runner(row.scale)
+        trunk = find_trunk(runner.model)
+        trunk.thresholds = self.calibrated(row.scorer)[row.keep] if row.scorer else {}
+        trunk.scorer = scorer_of(self.cfg) if row.scorer in (None, "random") else row.scorer
+        trunk.merge = "random" if row.scorer == "random" else trunk_of(self.cfg).get("merge", "apt")
+        return runner
+
+    # ------------------------------------------------------------------------------------------- steps
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        cells = self.side // self.trunk.patch_size
+        budgets = sorted({*self.args.keep}, reverse=True)
+        shares = [1.0, *budgets, BELOW * budgets[-1]]
+        scales = dict.fromkeys(round(cells * math.sqrt(share)) / cells for share in shares)
+        return [*map(Row, scales), *(Row(1.0, scorer, keep) for scorer in self.scorers for keep in budgets)]
+
+    @property
+    def side(self) -> int:
+        """That the model sees of an image, or of a crop where it slides."""
+        if is_classifier(self.cfg):
+            return side_of(self.cfg.test_dataloader.dataset)
+        sizes = [step.scale for step in self.cfg.test_dataloader.dataset.pipeline if "scale" in step]
+        if "crop_size" in (self.cfg.model.test_cfg or {}):
+            sizes.append(self.cfg.model.test_cfg.crop_size)
+        if not sizes:
+            raise ValueError(f"{self.args.config} resizes no test images, so that none can be smaller; add a Resize")
+        return min(map(min, sizes))
+
+    def calibrated(self, scorer: str) -> dict[float, dict[int, float]]:
+        """Thresholds of every budget."""
+        if scorer not in self._calibrated:
+            scored = scorer_of(self.cfg) if scorer == "random" else scorer
+            inputs = {"scorer": fingerprint(scored) if Path(scored).is_file() else scored, "keep": self.args.keep}
+            title = f"thresholds of {Path(scorer).stem}"
+            found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scored))
+            by_size = {keep: {int(size): value for size, value in of.items()} for keep, of in found.items()}
+            self._calibrated[scorer] = {float(keep): thresholds for keep, thresholds in by_size.items()}
+        return self._calibrated[scorer]
+
+    def _calibrate(self, scorer: str) -> dict[float, dict[int, float]]:
+        trunk, pixels_of = self.trunk, rgb_of
+        if is_classifier(self.cfg):
+            pixels_of = partial(undo_normalization, mean=trunk.pixel_mean, std=trunk.pixel_std)
+        dataset, sizes = self.runner(1.0).test_dataloader.dataset, tuple(self.thresholds)
+        maps = [score_maps_of(image, sizes, scorer) for image in tested_images(dataset, CALIBRATED_ON, pixels_of)]
+        ratios = ratios_of(self.thresholds) if scorer == scorer_of(self.cfg) else [1.0] * len(sizes)
+        return {keep: calibrate_thresholds(maps, trunk.patch_size, keep, ratios) for keep in self.args.keep}
+
+    def evaluate(self, row: Row) -> dict[str, float]:
+        """All metrics of a row, and its tokens."""
+
+        def test() -> dict[str, float]:
+            runner = self.set_up(row)
+            with quiet(), Bar("batches") as bar:
+                runner.register_hook(bar)
+                found = runner.test()
+                runner.hooks.remove(bar)
+            return {name: float(value) for name, value in found.items()}
+
+        inputs = {"thresholds": self.calibrated(row.scorer)[row.keep] if row.scorer else None, "scale": row.scale}
+        return self.steps.run(_name(row.title), f"test: {row.title}", inputs, test)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Per image of every row."""
+        rows = {row.title: row for row in self.rows}
+
+        def measure() -> dict[str, float]:
+            runners = {title: self.runner(row.scale) for title, row in rows.items()}
+            with quiet():
+                return time_interleaved(runners, lambda title: self.set_up(rows[title]))
+
+        inputs = {"hardware": hardware(), "rows": rows}
+        return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
+
+    def report(self, command: str) -> dict:
+        found = {row: self.evaluate(row) for row in self.rows}
+        lines = []
+        for row, metrics in found.items():
+            if "tokens" not in metrics:  # a classifier that merges nothing is timm's own network
+                metrics |= {"tokens": round(row.scale * self.side / self.trunk.patch_size) ** 2, "content_kept": 1.0}
+            kept = metrics["content_kept"] * row.scale**2  # of the whole image's tokens
+            line = {**row._asdict(), "title": row.title, "method": row.method, "metrics": metrics_of(metrics)}
+            line |= {"tokens": metrics["tokens"], "content_kept": kept, "per_second": 1 / self.seconds[row.title]}
+            lines.append(line)
+        dense = [line for line in lines if line["method"] == "dense"]
+        for line in lines:
+            if line["method"] != "dense":
+                line["gains"] = {
+                    title: {
+                        "tokens": over(dense, line, title, lambda of: of["content_kept"]),
+                        "time": over(dense, line, title, lambda of: 1 / of["per_second"]),
+                    }
+                    for title in line["metrics"]
+                }
+        about = {"command": command, "config": self.args.config, "checkpoint": str(self.args.checkpoint)}
+        return {**about, "hardware": hardware(), "torch": torch.__version__, "rows": lines}
+
+
+def over(dense: Sequence[dict], line: dict, metric: str, cost: Callable[[dict], float]) -> float | None:
+    """A line's metric over that of dense images of the same cost: at a higher cost than the whole image's, over the
+    whole image; None at a lower one than the smallest's."""
+    points = sorted((cost(of), of["metrics"][metric]) for of in dense)
+    at = np.interp(cost(line), *zip(*points), left=np.nan)
+    return None if np.isnan(at) else float(line["metrics"][metric] - at)
+
+
+def _name(title: str) -> str:
+    """Of a file."""
+    return "".join(letter if letter.isalnum() else "_" for letter in title)
+
+
+# ------------------------------------------------------------------------------------------- showing
+
+
+def table_of(report: dict) -> str:
+    """In Markdown; in parentheses what a method gains."""
+    lines = report["rows"]
+    first, *_ = lines[0]["metrics"]
+    cells = {"method": [line["title"] for line in lines]}
+    cells["content tokens kept"] = [f"{line['content_kept']:.1%}" for line in lines]
+    for title in lines[0]["metrics"]:
+        cells[title] = [f"{line['metrics'][title]:.2f}{gain_of(line, title, 'tokens')}" for line in lines]
+    cells["images/s"] = [f"{line['per_second']:.2f}" for line in lines]
+    cells[f"{first} over as much time"] = [gain_of(line, first, "time").strip(" ()") for line in lines]
+    return markdown(cells)
+
+
+def gain_of(line: dict, metric: str, cost: str) -> str:
+    gain = line["gains"][metric][cost] if "gains" in line else None
+    return "" if gain is None else f" ({gain:+.2f})"
+
+
+def said_of(report: dict) -> list[str]:
+    """A sentence per method: what it gains on the first metric."""
+    first, *_ = report["rows"][0]["metrics"]
+    gains: dict[str, list[dict]] = {}
+    for line in report["rows"]:
+        if "gains" in line:
+            gains.setdefault(line["method"], []).append(line["gains"][first])
+    sentences = []
+    for method, found in gains.items():
+        ranges = []
+        for cost, words in (("tokens", "as many tokens"), ("time", "as much time")):
+            values = [gain[cost] for gain in found if gain[cost] is not None]
+            ranges += [f"{min(values):+.2f} to {max(values):+.2f} of {words}"] if values else []
+        sentences.append(f"{method}: {first} over a smaller image {', '.join(ranges) or 'unknown: beyond its sizes'}")
+    return sentences
+
+
+def draw(path: Path, report: dict) -> None:
+    """The first metric against tokens and against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first, *_ = report["rows"][0]["metrics"]
+    methods: dict[str, list[dict]] = {}
+    for line in report["rows"]:
+        methods.setdefault(line["method"], []).append(line)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    costs = (
+        ("content tokens kept, percent", lambda line: 100 * line["content_kept"]),
+        ("milliseconds per image", lambda line: 1000 / line["per_second"]),
+    )
+    for panel, (label, cost) in zip(panels, costs):
+        for method, lines in methods.items():
+            points = sorted((cost(line), line["metrics"][first]) for line in lines)
+            style = dict(color="black", linestyle="--") if method == "dense" else {}
+            panel.plot(*zip(*points), marker="o", label=method.replace("dense", "smaller images"), **style)
+        panel.set(xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel=first)
+    panels[0].legend()
+    figure.suptitle(Path(report["config"]).stem)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("config", help="configuration of an adaptive model")
+    add("checkpoint", help="its weights (.pth or .safetensors)")
+    add("--keep", type=float, nargs="+", default=KEEP, metavar="SHARE", help="budgets of tokens (0.5 0.6 0.7 0.8 0.9)")
+    add(
+        "--scorer",
+        nargs="+",
+        metavar="NAME|FILE",
+        help=f"{', '.join(SCORERS)}, files of learned scorers, or random (default: the configuration's)",
+    )
+    add("--work-dir", type=Path, help="for finished tests (work_dirs/equal_tokens/CONFIG)")
+    add("--out", type=Path, metavar="JSON", help="the results; the chart is beside it (WORK_DIR/equal_tokens.json)")
+    add_settings_argument(parser)
+    args = parser.parse_args(argv)
+    comparison = Comparison(args)
+    report = comparison.report(shlex.join(["tools/equal_tokens.py", *(argv or sys.argv[1:])]))
+    out = args.out or comparison.work_dir / "equal_tokens.json"
+    write_atomically(out, json.dumps(report, indent=1) + "\n")
+    draw(out.with_suffix(".png"), report)
+    print(table_of(report), *said_of(report), f"written: {out}, {out.with_suffix('.png')}", sep="\n")
+    return report
+
+
+if __name__ == "__main__":
+    run(main)
