@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from mmengine.config import Config
 from PIL import Image
 
 from tests.scripts import ROOT, data_options, run_script
 from tools import compare, equal_tokens
 from tools import test as test_tool
+from tools.mm_runs import rescaled
 
 APT, DENSE = (f"seg_configs/eva02_tiny_{method}_photoshapes.py" for method in ("apt", "dense"))
 WEIGHTS = "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
@@ -85,6 +87,24 @@ def test_merging_is_the_configuration_at_the_thresholds_that_were_found(run, pho
         assert line["content_kept"] == merged["content_kept"] == pytest.approx(0.5, abs=0.1)
         if "random" not in title:
             assert line["metrics"]["mIoU"] == merged["mIoU"]
+
+
+@pytest.mark.parametrize(
+    "config, patch, scale, sides, padding",
+    [
+        ("det_configs/eva02_l_apt_1536.py", 16, 0.75, (1152, 1152), 1152),
+        ("det_configs/eva02_l_apt_1536_rect.py", 16, 0.95, (1459, 1459), 32),  # not to squares: it stays
+        ("det_configs/dinov2_s_apt_1024.py", 14, 70 / 73, (982, 982), 71 * 14),  # whole patches
+        ("seg_configs/eva02_l_apt_640.py", 16, 0.9, (2304, 576), None),
+    ],
+)
+def test_squares_are_padded_in_proportion_and_to_whole_patches(config, patch, scale, sides, padding):
+    cfg = Config.fromfile(config)
+    before = cfg.to_dict()
+    smaller = rescaled(cfg, scale, patch)
+    assert [step.scale for step in smaller.test_dataloader.dataset.pipeline if "scale" in step] == [sides]
+    assert smaller.model.data_preprocessor.get("pad_size_divisor") == padding
+    assert cfg.to_dict() == before
 
 
 def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
