@@ -1,6 +1,8 @@
 """tools/equal_tokens.py: its lines are what tools/test.py says of the same settings."""
 
 import json
+import random
+import statistics
 
 import pytest
 from mmengine.config import Config
@@ -108,22 +110,38 @@ def test_squares_are_padded_in_proportion_and_to_whole_patches(config, patch, sc
 
 
 def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
-    def line(metric, kept, speed):
-        return {"metrics": {"mIoU": metric}, "content_kept": kept, "per_second": speed}
+    def line(method, value, kept, seconds):
+        return {"method": method, "metrics": {"mIoU": value}, "content_kept": kept, "seconds": seconds}
 
-    def tokens(of):
-        return of["content_kept"]
+    lines = [line("dense", 60.0, 1.0, 1.0), line("dense", 50.0, 0.5, 0.5), line("merging", 59.0, 0.6, 0.75)]
+    lines += [line("merging", 60.5, 0.9, 2.0), line("merging", 40.0, 0.4, 0.6)]
 
-    def seconds(of):
-        return 1 / of["per_second"]
+    def gains(number, samples):
+        return equal_tokens.gains_of(number, "mIoU", lines, samples)
 
-    dense = [line(60.0, 1.0, 1.0), line(50.0, 0.5, 2.0)]
-    merged = line(59.0, 0.6, 1 / 0.75)  # between 0.5 and 1 second
-    assert equal_tokens.over(dense, merged, "mIoU", tokens) == pytest.approx(59 - 52)
-    assert equal_tokens.over(dense, merged, "mIoU", seconds) == pytest.approx(59 - 55)
-    slower, cheaper = line(60.5, 0.9, 0.5), line(40.0, 0.4, 4.0)
-    assert equal_tokens.over(dense, slower, "mIoU", seconds) == pytest.approx(0.5), "over the whole image"
-    assert equal_tokens.over(dense, cheaper, "mIoU", tokens) is None
+    without = [[]] * len(lines)
+    assert gains(2, without) == {"tokens": pytest.approx(59 - 52), "time": pytest.approx(59 - 55), "error": None}
+    assert gains(3, without)["time"] == pytest.approx(0.5), "slower than the whole image: over the whole image"
+    assert gains(4, without)["tokens"] is None, "fewer tokens than the smallest image"
+    # Two samples: the merged image gains 7 and 9, whatever the curve does.
+    curves = [[{"mIoU": value} for value in values] for values in ((60, 30), (50, 20), (59, 31), (0, 0), (0, 0))]
+    assert gains(2, curves)["error"] == pytest.approx(2**0.5)
+
+
+def test_samples_are_of_images_and_the_same_ones_for_every_setting(run, photoshapes, tmp_path):
+    folder, samples = run[0][run[0].index("--work-dir") + 1], {}
+    for name in ("dense", "merging__laplacian__80_"):
+        with open(f"{folder}/steps/{name}.json") as found:
+            samples[name] = json.load(found)["result"]["samples"]
+    assert len(samples["dense"]) == equal_tokens.DRAWS and len({s["mIoU"] for s in samples["dense"]}) > 3
+    pairs = [(a["mIoU"], b["mIoU"]) for a, b in zip(*samples.values())]
+    assert statistics.correlation(*zip(*pairs)) > 0.8
+    line = line_of(run[1], "merging, laplacian, 80%")
+    assert 0 < line["gains"]["mIoU"]["error"] < 5
+    # A sample of three images out of three: each of them once has the test's own metrics.
+    chance = random.Random(0)
+    once = next(n for n in range(equal_tokens.DRAWS) if sorted(chance.choices(range(3), k=3)) == [0, 1, 2])
+    assert samples["dense"][once]["mIoU"] == pytest.approx(line_of(run[1], "dense")["metrics"]["mIoU"])
 
 
 def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run, monkeypatch, capsys):

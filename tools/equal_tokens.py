@@ -11,16 +11,18 @@ examples:
 Tests an adaptive configuration without merging, on images of its own size and of smaller ones, and with merging at
 thresholds that keep shares of the tokens (found on the test's images; its labels are not used). Writes a table, a
 chart and a JSON file, which tools/compare.py reads, too. In parentheses is what a method gains over a smaller image of
-as many tokens of the content; between the sizes that are tested the curve is a straight line. Finished tests are kept
-in the work directory: the same command resumes. One test set says little of chance: a few tenths may be noise.
+as many tokens of the content, and for segmentation and classification the standard deviation of that over samples of
+the images; between the sizes that are tested the curve is a straight line. The same weights see all sizes. Finished
+tests are kept in the work directory: the same command resumes.
 """
 
 import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +49,7 @@ from tools.mm_runs import (
     rgb_of,
     scorer_of,
     side_of,
+    test_with_samples,
     tested_images,
     time_interleaved,
     trunk_of,
@@ -57,6 +60,7 @@ from tools.steps import Steps, digest, fingerprint, run
 KEEP = (0.5, 0.6, 0.7, 0.8, 0.9)
 BELOW = 0.85  # of the smallest budget: the smallest image, so that no method is beyond the curve
 CALIBRATED_ON = 200  # images
+DRAWS = 50  # samples of the images
 
 
 class Row(NamedTuple):
@@ -189,16 +193,16 @@ class Comparison:
         ratios = ratios_of(self.thresholds) if scorer == scorer_of(self.cfg) else [1.0] * len(sizes)
         return {keep: calibrate_thresholds(maps, trunk.patch_size, keep, ratios) for keep in self.args.keep}
 
-    def evaluate(self, row: Row) -> dict[str, float]:
-        """All metrics of a row, and its tokens."""
+    def evaluate(self, row: Row) -> dict:
+        """``metrics`` of a row, its tokens among them, and those of ``samples`` of the images."""
 
-        def test() -> dict[str, float]:
+        def test() -> dict:
             runner = self.set_up(row)
             with quiet(), Bar("batches") as bar:
                 runner.register_hook(bar)
-                found = runner.test()
+                metrics, samples = test_with_samples(runner, DRAWS)
                 runner.hooks.remove(bar)
-            return {name: float(value) for name, value in found.items()}
+            return {"metrics": metrics, "samples": samples}
 
         inputs = {"thresholds": self.calibrated(row.scorer)[row.keep] if row.scorer else None, "scale": row.scale}
         return self.steps.run(_name(row.title), f"test: {row.title}", inputs, test)
@@ -217,35 +221,45 @@ class Comparison:
         return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
 
     def report(self, command: str) -> dict:
-        found = {row: self.evaluate(row) for row in self.rows}
-        lines = []
-        for row, metrics in found.items():
+        tested = {row: self.evaluate(row) for row in self.rows}
+        lines, samples = [], []
+        for row, found in tested.items():
+            metrics = found["metrics"]
             if "tokens" not in metrics:  # a classifier that merges nothing is timm's own network
                 metrics |= {"tokens": round(row.scale * self.side / self.trunk.patch_size) ** 2, "content_kept": 1.0}
             kept = metrics["content_kept"] * row.scale**2  # of the whole image's tokens
             line = {**row._asdict(), "title": row.title, "method": row.method, "metrics": metrics_of(metrics)}
-            line |= {"tokens": metrics["tokens"], "content_kept": kept, "per_second": 1 / self.seconds[row.title]}
-            lines.append(line)
-        dense = [line for line in lines if line["method"] == "dense"]
-        for line in lines:
+            line |= {"tokens": metrics["tokens"], "content_kept": kept, "seconds": self.seconds[row.title]}
+            lines.append(line | {"per_second": 1 / line["seconds"]})
+            samples.append([metrics_of(sample) for sample in found["samples"]])
+        for number, line in enumerate(lines):
             if line["method"] != "dense":
-                line["gains"] = {
-                    title: {
-                        "tokens": over(dense, line, title, lambda of: of["content_kept"]),
-                        "time": over(dense, line, title, lambda of: 1 / of["per_second"]),
-                    }
-                    for title in line["metrics"]
-                }
+                line["gains"] = {title: gains_of(number, title, lines, samples) for title in line["metrics"]}
         about = {"command": command, "config": self.args.config, "checkpoint": str(self.args.checkpoint)}
         return {**about, "hardware": hardware(), "torch": torch.__version__, "rows": lines}
 
 
-def over(dense: Sequence[dict], line: dict, metric: str, cost: Callable[[dict], float]) -> float | None:
-    """A line's metric over that of dense images of the same cost: at a higher cost than the whole image's, over the
-    whole image; None at a lower one than the smallest's."""
-    points = sorted((cost(of), of["metrics"][metric]) for of in dense)
-    at = np.interp(cost(line), *zip(*points), left=np.nan)
-    return None if np.isnan(at) else float(line["metrics"][metric] - at)
+def gains_of(number: int, title: str, lines: Sequence[dict], samples: Sequence[Sequence[dict]]) -> dict:
+    """What a line's metric is over smaller images of as many ``tokens`` and as much ``time``; None where no image is as
+    small. ``error`` is the standard deviation of the first over samples of the images; None without samples."""
+    dense = [index for index, line in enumerate(lines) if line["method"] == "dense"]
+
+    def gain(cost: str, metrics: Sequence[dict]) -> float | None:
+        curve = [(lines[index][cost], metrics[index][title]) for index in dense]
+        return over(curve, lines[number][cost], metrics[number][title])
+
+    measured = [line["metrics"] for line in lines]
+    gains = {"tokens": gain("content_kept", measured), "time": gain("seconds", measured), "error": None}
+    if gains["tokens"] is not None and all(samples) and title in samples[number][0]:
+        gains["error"] = statistics.stdev(gain("content_kept", metrics) for metrics in zip(*samples))
+    return gains
+
+
+def over(curve: Sequence[tuple[float, float]], cost: float, value: float) -> float | None:
+    """A value over that of a curve of (cost, value) at the same cost: at a higher cost than the curve's, over its last
+    value, the whole image's; None at a lower one."""
+    at = np.interp(cost, *zip(*sorted(curve)), left=np.nan)
+    return None if np.isnan(at) else float(value - at)
 
 
 def _name(title: str) -> str:
@@ -270,8 +284,11 @@ def table_of(report: dict) -> str:
 
 
 def gain_of(line: dict, metric: str, cost: str) -> str:
-    gain = line["gains"][metric][cost] if "gains" in line else None
-    return "" if gain is None else f" ({gain:+.2f})"
+    gains = line.get("gains", {}).get(metric, {})
+    if gains.get(cost) is None:
+        return ""
+    error = gains["error"] if cost == "tokens" else None
+    return f" ({gains[cost]:+.2f})" if error is None else f" ({gains[cost]:+.2f} ± {error:.2f})"
 
 
 def said_of(report: dict) -> list[str]:
@@ -305,7 +322,7 @@ def draw(path: Path, report: dict) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     costs = (
         ("content tokens kept, percent", lambda line: 100 * line["content_kept"]),
-        ("milliseconds per image", lambda line: 1000 / line["per_second"]),
+        ("milliseconds per image", lambda line: 1000 * line["seconds"]),
     )
     for panel, (label, cost) in zip(panels, costs):
         for method, lines in methods.items():

@@ -4,13 +4,16 @@ import contextlib
 import copy
 import io
 import math
+import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -23,6 +26,7 @@ from tools.patch_settings import native_side
 from tools.steps import console, track
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
+SUMS_OVER_IMAGES = ("IoUMetric", "BoundaryIoUMetric", "TopAccuracy")
 
 
 @contextlib.contextmanager
@@ -134,6 +138,35 @@ def build(cfg: Config) -> Runner:
         cfg.visualizer.name = cfg.experiment_name
     cfg.log_level = "ERROR"
     return build_runner(cfg)
+
+
+def test_with_samples(runner: Runner, draws: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Metrics of a test, and of samples of its images drawn with replacement: the same ones in every test of as many
+    images. Of metrics that are no sums over images, such as COCO's, there are no samples."""
+    metrics, kept = [m for m in runner.test_loop.evaluator.metrics if type(m).__name__ in SUMS_OVER_IMAGES], []
+
+    def keep(metric: BaseMetric, results: list) -> dict:
+        kept.append((metric, results))
+        return type(metric).compute_metrics(metric, results)
+
+    for metric in metrics:
+        metric.compute_metrics = partial(keep, metric)
+    found = runner.test()
+    for metric in metrics:
+        del metric.compute_metrics
+    chance, samples = random.Random(0), []
+    for _ in range(draws if kept else 0):
+        chosen = chance.choices(range(len(kept[0][1])), k=len(kept[0][1]))
+        sample = {}
+        for metric, results in kept:
+            values = metric.compute_metrics([results[index] for index in chosen])
+            sample |= {f"{metric.prefix}/{name}" if metric.prefix else name: value for name, value in values.items()}
+        samples.append(_as_floats(sample))
+    return _as_floats(found), samples
+
+
+def _as_floats(metrics: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()
