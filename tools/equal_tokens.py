@@ -105,6 +105,8 @@ class Comparison:
         check_data(self.cfg, ["test_dataloader"])
         if not Path(args.checkpoint).is_file():
             raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
+        if "module" in self.cfg.model:
+            raise ValueError(f"{args.config} tests at several scales; name the configuration of one scale")
         if not trunk_of(self.cfg).get("thresholds"):
             raise ValueError(f"{args.config} has no thresholds: its model is dense; name an adaptive configuration")
         if not all(0 < keep < 1 for keep in args.keep):
