@@ -9,9 +9,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from tests.scripts import ROOT, data_options, run_script
-from tools import compare, equal_tokens
+from tools import compare, equal_tokens, mm_runs
 from tools import test as test_tool
-from tools.mm_runs import rescaled
 
 APT, DENSE = (f"seg_configs/eva02_tiny_{method}_photoshapes.py" for method in ("apt", "dense"))
 WEIGHTS = "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
@@ -21,6 +20,7 @@ SCORER = "seg_configs/checkpoints/eva02_tiny_scorer_photoshapes.safetensors"
 @pytest.fixture(autouse=True)
 def in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(mm_runs, "TIMED_IMAGES", 1)
 
 
 def settings(options):
@@ -35,6 +35,7 @@ def run(photoshapes, tmp_path_factory):
     arguments += ["random", *settings(data_options(photoshapes))]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
+        patch.setattr(mm_runs, "TIMED_IMAGES", 1)
         return arguments, equal_tokens.main(arguments)
 
 
@@ -103,7 +104,7 @@ def test_merging_is_the_configuration_at_the_thresholds_that_were_found(run, pho
 def test_squares_are_padded_in_proportion_and_to_whole_patches(config, patch, scale, sides, padding):
     cfg = Config.fromfile(config)
     before = cfg.to_dict()
-    smaller = rescaled(cfg, scale, patch)
+    smaller = mm_runs.rescaled(cfg, scale, patch)
     assert [step.scale for step in smaller.test_dataloader.dataset.pipeline if "scale" in step] == [sides]
     assert smaller.model.data_preprocessor.get("pad_size_divisor") == padding
     assert cfg.to_dict() == before
