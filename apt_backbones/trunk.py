@@ -20,6 +20,7 @@ from .fused import Hooked, is_hooked
 from .layout import PatchLayout, Segments, check_window
 from .learned import LearnedScorer
 from .map_detail import MapDetail
+from .new_layers import load_new_layers
 from .rotary import ROPE_POSITIONS
 from .scores import check_images, check_scorer
 from .selection import (
@@ -109,6 +110,7 @@ class AdaptiveTrunk(nn.Module):
         map_scale: int = 1,
         out_indices: Sequence[int] | None = None,
         attention_backend: str | None = None,
+        new_layers: str | None = None,
     ) -> None:
         """Settle how images become tokens, and add the new layers.
 
@@ -133,8 +135,11 @@ class AdaptiveTrunk(nn.Module):
                 are interpolated to cells finer than the network's patches; ``map_fill`` must not be "repeat".
             out_indices: blocks after which ``feature_maps`` returns maps; None for what the class has.
             attention_backend: see ``varlen_attention``; None chooses.
+            new_layers: file of trained new layers (tools/finetune_features.py writes one) to start with. Those of a
+                checkpoint that is loaded afterwards take their place.
 
         Raises:
+            FileNotFoundError: no file of new layers.
             TypeError: blocks that cannot run on packed tokens.
             ValueError: thresholds, window, blocks or modes that do not fit together; the message says which.
         """
@@ -180,6 +185,8 @@ class AdaptiveTrunk(nn.Module):
         self.last_layout: PatchLayout | None = None
         self._compile_options: dict | None = None
         self._fused = [FusedBlock() for _ in self.blocks]
+        if new_layers is not None:
+            load_new_layers(self, new_layers)
 
     def compile_blocks(self, **options) -> "AdaptiveTrunk":
         """Compile the blocks (in place): all of them share two compiled functions, which take any number of tokens.

@@ -19,7 +19,7 @@ ADAPTIVE_MODES = ("random", "resizing", "apt", "apt-rect")
 BACKBONE_STAGES = ("score", "layout", "rotary", "embed", "trunk", "map")
 CPU = torch.device("cpu")
 # What a config says to mmengine, of files, or for training.
-HOST_ONLY = ("type", "init_cfg", "checkpoint", "frozen", "test_dtype", "drop_path_rate", "with_cp")
+HOST_ONLY = ("type", "init_cfg", "checkpoint", "new_layers", "frozen", "test_dtype", "drop_path_rate", "with_cp")
 
 
 @dataclass

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from apt_backbones import find_trunk, freeze_host
+from apt_backbones import find_trunk, freeze_host, load_converted
+from apt_backbones.freeze import is_new
 from apt_backbones.mm.optimizer import layer_of
+from apt_backbones.new_layers import save_new_layers
 from tests.golden import relative_error
 from tests.scripts import ROOT
 from tools.frozen_model import frozen_model
@@ -110,6 +112,36 @@ def test_short_fine_tune_copies_and_layer_decay():
     parameters = dict(model.named_parameters())
     for name, layer in names.items():
         assert name in parameters and layer_of(name, "trunk", 12) == layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["APTTimm", "APTEva02"])
+def test_new_layers_of_a_file_go_with_a_dense_checkpoint(kind, tmp_path):
+    """They are there when the backbone is built, and stay when weights without them are loaded."""
+    if kind == "APTTimm":
+        options = dict(SMALL, thresholds={32: 5.0}, map_fill="learned", adapter_rank=2)
+    else:
+        options = dict(
+            type=kind, img_size=128, embed_dim=48, depth=2, num_heads=3, thresholds={32: 5.0}, adapter_rank=2
+        )
+    trained = MODELS.build(options)
+    for name, parameter in trained.named_parameters():
+        if is_new(name):
+            nn.init.normal_(parameter)
+    save_new_layers(trained, tmp_path / "new_layers.safetensors")
+    model = nn.ModuleDict(
+        {"backbone": MODELS.build({**options, "new_layers": str(tmp_path / "new_layers.safetensors")})}
+    )
+    dense = {f"backbone.{k}": v for k, v in trained.state_dict().items() if not is_new(k)}
+    model["backbone"].init_weights()
+    load_converted(model, dense)
+    assert all(
+        torch.equal(tensor, trained.state_dict()[name]) for name, tensor in model["backbone"].state_dict().items()
+    )
+    with pytest.raises(ValueError, match="those of the file are a model's with merge='apt', adapter_rank=2"):
+        MODELS.build({**options, "adapter_rank": 0, "new_layers": str(tmp_path / "new_layers.safetensors")})
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
+        MODELS.build({**options, "new_layers": "none.safetensors"})
 
 
 @torch.no_grad()

@@ -113,7 +113,9 @@ class Comparison:
             raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
         self.work_dir = Path(args.work_dir or Path("work_dirs", "equal_tokens", Path(args.config).stem))
         self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
-        inputs = {"config": digest(self.cfg.to_dict()), "checkpoint": fingerprint(args.checkpoint)}
+        named = [trunk_of(self.cfg).get(name) or "" for name in ("scorer", "new_layers")]
+        files = {name: fingerprint(name) for name in (args.checkpoint, *named) if Path(name).is_file()}
+        inputs = {"config": digest(self.cfg.to_dict()), "files": files}
         self.steps = Steps(self.work_dir / "steps", inputs)
         self._runners: dict[float, Runner] = {}
         self._calibrated: dict[str, dict[float, dict[int, float]]] = {}
