@@ -33,6 +33,14 @@ SUBSTITUTIONS = (
         "equal_tokens.py seg_configs/eva02_l_apt_512.py work_dirs/seg/eva02_l_apt_512/iter_4000.pth",
         "equal_tokens.py seg_configs/eva02_l_apt_512.py checkpoints/eva02_l_seg_512.pth --keep 0.5",
     ),
+    # Fewer tests of the same kind.
+    (
+        "equal_tokens.py det_configs/eva02_l_apt_1536.py",
+        "equal_tokens.py --keep 0.5 -- det_configs/eva02_l_apt_1536.py",
+    ),
+    ("_scorer_photoshapes.safetensors laplacian random", "_scorer_photoshapes.safetensors --keep 0.5"),
+    ("--scorer scorer.safetensors laplacian random", "--scorer scorer.safetensors --keep 0.5"),
+    ("camvid_scorer.safetensors entropy random", "camvid_scorer.safetensors --keep 0.5"),
     # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),

@@ -160,7 +160,7 @@ def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run
 
 
 def test_detectors_and_classifiers(photoshapes, tmp_path):
-    """Their images become smaller, too: of 192 pixels, padded to squares, 168; of 224, 160."""
+    """Their images become smaller, too: of 192 x 144 pixels, padded to squares, 160 x 120 (whole patches); of 224, 160."""
     import timm
     from safetensors.torch import save_file
 
@@ -171,11 +171,12 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
     weights = "det_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
     arguments = [detector.format("apt"), weights, "--work-dir", str(tmp_path / "det"), "--keep", "0.76", *options]
     report = equal_tokens.main(arguments)
-    smaller = ["test_dataloader.dataset.pipeline.1.scale=(168,168)", "model.data_preprocessor.pad_size_divisor=168"]
+    smaller = ["test_dataloader.dataset.pipeline.1.scale=(160,160)", "model.data_preprocessor.pad_size_divisor=160"]
     expected = test_tool.main([detector.format("dense"), weights, "--work-dir", str(tmp_path), *options, *smaller])
-    line = line_of(report, "dense, images of 87.5%")
+    line = line_of(report, "dense, images of 83.3%")
     assert line["metrics"]["box mAP"] == 100 * expected["coco/bbox_mAP"]
-    assert line["tokens"] == expected["tokens"] == 21**2
+    assert line["tokens"] == expected["tokens"] == 20**2
+    assert line["content_kept"] == pytest.approx((20 / 24) ** 2)
 
     for index, name in enumerate(("cats", "dogs")):
         (tmp_path / "val" / name).mkdir(parents=True)

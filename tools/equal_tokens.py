@@ -60,6 +60,7 @@ from tools.steps import Steps, digest, fingerprint, run
 KEEP = (0.5, 0.6, 0.7, 0.8, 0.9)
 BELOW = 0.85  # of the smallest budget: the smallest image, so that no method is beyond the curve
 CALIBRATED_ON = 200  # images
+MEASURED = 20  # images whose sizes count
 DRAWS = 50  # samples of the images
 
 
@@ -159,11 +160,30 @@ class Comparison:
 
     @cached_property
     def rows(self) -> list[Row]:
-        cells = self.side // self.trunk.patch_size
         budgets = sorted({*self.args.keep}, reverse=True)
-        shares = [1.0, *budgets, BELOW * budgets[-1]]
-        scales = dict.fromkeys(round(cells * math.sqrt(share)) / cells for share in shares)
-        return [*map(Row, scales), *(Row(1.0, scorer, keep) for scorer in self.scorers for keep in budgets)]
+        merging = [Row(1.0, scorer, keep) for scorer in self.scorers for keep in budgets]
+        return [*map(Row, self.scales([*budgets, BELOW * budgets[-1]])), *merging]
+
+    def scales(self, shares: Sequence[float]) -> list[float]:
+        """1, and scales at which images have about these shares of the tokens: of three sizes the one at which some of
+        the images fill whole patches best. At others their edges would be padded more than those of the whole images.
+        (Crops of images always are whole.)
+        """
+        cells, patch_size = self.side // self.trunk.patch_size, self.trunk.patch_size
+        images = [] if self.slides else tested_images(self.runner(1.0).test_dataloader.dataset, MEASURED)
+        sides = [side for image in images for side in image.shape[2:]]
+
+        def padding(number: int) -> float:
+            pixels = [round(side * number / cells) for side in sides]
+            return sum(-side % patch_size / side for side in pixels)
+
+        nearest = [round(cells * math.sqrt(share)) for share in shares]
+        found = {min((near, near - 1, near + 1), key=padding) for near in (min(near, cells - 2) for near in nearest)}
+        return [1.0, *(number / cells for number in sorted(found, reverse=True) if number > 0)]
+
+    @property
+    def slides(self) -> bool:
+        return "crop_size" in (self.cfg.model.get("test_cfg") or {})
 
     @property
     def side(self) -> int:
@@ -171,7 +191,7 @@ class Comparison:
         if is_classifier(self.cfg):
             return side_of(self.cfg.test_dataloader.dataset)
         sizes = [step.scale for step in self.cfg.test_dataloader.dataset.pipeline if "scale" in step]
-        if "crop_size" in (self.cfg.model.test_cfg or {}):
+        if self.slides:
             sizes.append(self.cfg.model.test_cfg.crop_size)
         if not sizes:
             raise ValueError(f"{self.args.config} resizes no test images, so that none can be smaller; add a Resize")
@@ -231,7 +251,9 @@ class Comparison:
             metrics = found["metrics"]
             if "tokens" not in metrics:  # a classifier that merges nothing is timm's own network
                 metrics |= {"tokens": round(row.scale * self.side / self.trunk.patch_size) ** 2, "content_kept": 1.0}
-            kept = metrics["content_kept"] * row.scale**2  # of the whole image's tokens
+            kept = metrics["content_kept"]
+            if row.scorer is None:  # of the whole image's tokens
+                kept *= metrics["tokens"] / tested[self.rows[0]]["metrics"]["tokens"]
             line = {**row._asdict(), "title": row.title, "method": row.method, "metrics": metrics_of(metrics)}
             line |= {"tokens": metrics["tokens"], "content_kept": kept, "seconds": self.seconds[row.title]}
             lines.append(line | {"per_second": 1 / line["seconds"]})
