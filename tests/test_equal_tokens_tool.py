@@ -160,7 +160,7 @@ def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run
 
 
 def test_detectors_and_classifiers(photoshapes, tmp_path):
-    """Their images become smaller, too: of 192 x 144 pixels, padded to squares, 160 x 120 (whole patches); of 224, 160."""
+    """Their images become smaller, too: of 192 x 144 pixels, padded to squares, 160 x 120; of 224, 160."""
     import timm
     from safetensors.torch import save_file
 

@@ -7,7 +7,8 @@ load_mask = [dict(type="LoadAnnotations"), dict(type="CheckSegMap", num_classes=
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     *load_mask,
-    dict(type="RandomResize", scale=size[::-1], ratio_range=(1.0, 1.6), keep_ratio=True),
+    # Smaller and larger than the test's, so that the head suits every size that tools/equal_tokens.py compares.
+    dict(type="RandomResize", scale=size[::-1], ratio_range=(0.6, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=size),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
