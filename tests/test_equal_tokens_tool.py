@@ -2,7 +2,6 @@
 
 import json
 import random
-import statistics
 
 import pytest
 from mmengine.config import Config
@@ -31,11 +30,12 @@ def settings(options):
 def run(photoshapes, tmp_path_factory):
     """The arguments of a comparison of the small segmenter, and what it reports."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = [APT, WEIGHTS, "--work-dir", str(folder), "--keep", "0.8", "0.5", "--scorer", "laplacian", SCORER]
+    arguments = [APT, WEIGHTS, "--work-dir", str(folder), "--keep", "0.5", "--scorer", "laplacian", SCORER]
     arguments += ["random", *settings(data_options(photoshapes))]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(mm_runs, "TIMED_IMAGES", 1)
+        patch.setattr(equal_tokens, "DRAWS", 20)
         return arguments, equal_tokens.main(arguments)
 
 
@@ -50,13 +50,9 @@ def line_of(report, title):
 
 def test_lines_are_of_every_size_and_budget(run):
     titles = [line["title"] for line in run[1]["rows"]]
-    sizes = [f"dense, images of {percent}%" for percent in (90, 70, 65)]
-    budgets = [
-        f"{method}, {percent}%"
-        for method in ("merging, laplacian", "merging, eva02_tiny_scorer_photoshapes", "random")
-        for percent in (80, 50)
-    ]
-    assert titles == ["dense", *sizes, *budgets]
+    sizes = [f"dense, images of {percent}%" for percent in (70, 65)]
+    methods = ("merging, laplacian", "merging, eva02_tiny_scorer_photoshapes", "random")
+    assert titles == ["dense", *sizes, *(f"{method}, 50%" for method in methods)]
 
 
 def test_without_merging_it_is_the_dense_configuration(run, photoshapes, tmp_path):
@@ -131,18 +127,17 @@ def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
 
 def test_samples_are_of_images_and_the_same_ones_for_every_setting(run, photoshapes, tmp_path):
     folder, samples = run[0][run[0].index("--work-dir") + 1], {}
-    for name in ("dense", "merging__laplacian__80_"):
+    for name in ("dense", "merging__laplacian__50_"):
         with open(f"{folder}/steps/{name}.json") as found:
             samples[name] = json.load(found)["result"]["samples"]
-    assert len(samples["dense"]) == equal_tokens.DRAWS and len({s["mIoU"] for s in samples["dense"]}) > 3
-    pairs = [(a["mIoU"], b["mIoU"]) for a, b in zip(*samples.values())]
-    assert statistics.correlation(*zip(*pairs)) > 0.8
-    line = line_of(run[1], "merging, laplacian, 80%")
+    assert len(samples["dense"]) == 20 and len({s["mIoU"] for s in samples["dense"]}) > 3
+    line = line_of(run[1], "merging, laplacian, 50%")
     assert 0 < line["gains"]["mIoU"]["error"] < 5
     # A sample of three images out of three: each of them once has the test's own metrics.
     chance = random.Random(0)
-    once = next(n for n in range(equal_tokens.DRAWS) if sorted(chance.choices(range(3), k=3)) == [0, 1, 2])
-    assert samples["dense"][once]["mIoU"] == pytest.approx(line_of(run[1], "dense")["metrics"]["mIoU"])
+    once = next(n for n in range(20) if sorted(chance.choices(range(3), k=3)) == [0, 1, 2])
+    for name, title in (("dense", "dense"), ("merging__laplacian__50_", "merging, laplacian, 50%")):
+        assert samples[name][once]["mIoU"] == pytest.approx(line_of(run[1], title)["metrics"]["mIoU"])
 
 
 def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run, monkeypatch, capsys):

@@ -241,7 +241,7 @@ class Comparison:
             with quiet():
                 return time_interleaved(runners, lambda title: self.set_up(rows[title]))
 
-        inputs = {"hardware": hardware(), "rows": rows}
+        inputs = {"hardware": hardware(), "rows": rows, "thresholds": {s: self.calibrated(s) for s in self.scorers}}
         return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
 
     def report(self, command: str) -> dict:
