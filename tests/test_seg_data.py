@@ -51,21 +51,26 @@ def test_masks_of_another_size_are_refused(tmp_path):
         load(tmp_path, np.zeros((20, 31), np.uint8))
 
 
+def dataset_of(kind, root, images, masks):
+    """mmseg's data set of a folder, which reads masks only."""
+    init_default_scope("mmseg")
+    return DATASETS.build(
+        dict(
+            type=kind,
+            data_root=str(root),
+            data_prefix=dict(img_path=images, seg_map_path=masks),
+            pipeline=[dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+        )
+    )
+
+
 def test_photoshapes_masks_become_figure_and_ground(tmp_path):
     for folder in ("images", "annotations"):
         (tmp_path / folder).mkdir()
     Image.fromarray(np.zeros((4, 7, 3), np.uint8)).save(tmp_path / "images/1.jpg")
     ids = np.arange(8, dtype=np.uint8)[:7]  # 0 unlabelled, 1 background, 2 to 6 the first five shapes
     Image.fromarray(np.tile(ids, (4, 1))).save(tmp_path / "annotations/1.png")
-    init_default_scope("mmseg")
-    dataset = DATASETS.build(
-        dict(
-            type="PhotoShapesDataset",
-            data_root=str(tmp_path),
-            data_prefix=dict(img_path="images", seg_map_path="annotations"),
-            pipeline=[dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
-        )
-    )
+    dataset = dataset_of("PhotoShapesDataset", tmp_path, "images", "annotations")
     mask = dataset[0]["data_samples"].gt_sem_seg.data[0]
     assert mask.tolist() == [[255, 0, 1, 1, 1, 1, 1]] * 4
     assert dataset.metainfo["classes"] == ("background", "shape")
@@ -78,15 +83,7 @@ def test_camvid_ignores_what_is_none_of_its_classes(tmp_path):
     ):
         (tmp_path / folder).mkdir()
         Image.fromarray(pixels).save(tmp_path / folder / "1.png")
-    init_default_scope("mmseg")
-    dataset = DATASETS.build(
-        dict(
-            type="CamVidDataset",
-            data_root=str(tmp_path),
-            data_prefix=dict(img_path="test", seg_map_path="testannot"),
-            pipeline=[dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
-        )
-    )
+    dataset = dataset_of("CamVidDataset", tmp_path, "test", "testannot")
     assert dataset[0]["data_samples"].gt_sem_seg.data[0].tolist() == [[*range(11), 255]] * 2
     assert len(dataset.metainfo["classes"]) == len(dataset.metainfo["palette"]) == 11
 
