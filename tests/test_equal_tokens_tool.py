@@ -197,6 +197,7 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
         ([APT, "none.pth"], "no checkpoint at none.pth"),
         ([DENSE, WEIGHTS], "has no thresholds: its model is dense; name an adaptive configuration"),
         (["seg_configs/eva02_l_apt_512_ms.py", WEIGHTS], "tests at several scales"),
+        ([APT, WEIGHTS.replace("seg_", "det_")], "of another model"),
         ([APT, WEIGHTS, "--keep", "70"], "--keep takes shares between 0 and 1"),
         ([APT, WEIGHTS, "--scorer", "none.safetensors"], "none.safetensors"),
         ([APT, WEIGHTS, "--scorer", SCORER, "copy/eva02_tiny_scorer_photoshapes.safetensors"], "rename one"),

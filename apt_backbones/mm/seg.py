@@ -94,11 +94,14 @@ class APTEncoderDecoder(EncoderDecoder):
         name, grid = f"{trunk_name}.pos_embed", list(trunk.position_grid)
         if name in state_dict and state_dict[name].shape[1] != own[name].shape[1]:
             num_prefix = own[name].shape[1] - math.prod(grid)
-            old_grid = math.isqrt(state_dict[name].shape[1] - num_prefix)
-            state_dict[name] = resample_abs_pos_embed(
-                state_dict[name], grid, num_prefix_tokens=num_prefix, antialias=trunk.antialias_positions
-            )
-            print_log(f"positions resampled from {old_grid} x {old_grid} to {grid[0]} x {grid[1]} patches", "current")
+            old_cells = state_dict[name].shape[1] - num_prefix
+            old_grid = math.isqrt(max(old_cells, 0))
+            if old_grid**2 == old_cells:  # else they are another model's, which loading reports
+                state_dict[name] = resample_abs_pos_embed(
+                    state_dict[name], grid, num_prefix_tokens=num_prefix, antialias=trunk.antialias_positions
+                )
+                sizes = f"{old_grid} x {old_grid} to {grid[0]} x {grid[1]}"
+                print_log(f"positions resampled from {sizes} patches", "current")
         for name in own:
             if ".conv_seg." in name and name in state_dict and len(state_dict[name]) != len(own[name]):
                 classes = f"{len(state_dict[name])} classes, the model {len(own[name])}"
