@@ -45,6 +45,7 @@ from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.mm.det import SimpleFeaturePyramid
+from tools.mm_runs import ResampledPrecision, mean_precision
 
 from .coco import images_in, read_coco
 from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text, train_head
@@ -479,20 +480,14 @@ def _evaluate(
     evaluation.params.imgIds = list(image_ids)
     evaluation.evaluate()
     evaluation.accumulate()
-    precision, samples = evaluation.eval["precision"][..., -1], []
-    areas, count = len(evaluation.params.areaRng), len(image_ids)
-    whole, chance = np.array(evaluation.evalImgs, object).reshape(-1, areas, count), random.Random(0)
-    evaluation._paramsEval.areaRng = evaluation.params.areaRng = evaluation.params.areaRng[:drawn_areas]
-    for _ in range(draws):
-        evaluation.evalImgs = list(whole[:, :drawn_areas, chance.choices(range(count), k=count)].flatten())
-        evaluation.accumulate()
-        samples.append(evaluation.eval["precision"][..., -1])
-    return precision, samples
+    precision, count = evaluation.eval["precision"][..., -1], len(image_ids)
+    resampled, chance = ResampledPrecision(evaluation, drawn_areas), random.Random(0)
+    return precision, [resampled.of(chance.choices(range(count), k=count)) for _ in range(draws)]
 
 
 def _mean(precision: np.ndarray) -> float:
     """In percent, over all that has objects."""
-    return float(100 * precision[precision > -1].mean())
+    return 100 * mean_precision(precision)
 
 
 def all_settings(also: Sequence[str] = ()) -> list[Setting]:

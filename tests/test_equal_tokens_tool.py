@@ -6,6 +6,8 @@ import random
 import pytest
 from mmengine.config import Config
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from tests.scripts import ROOT, data_options, run_script
 from tools import compare, equal_tokens, mm_runs
@@ -140,6 +142,42 @@ def test_samples_are_of_images_and_the_same_ones_for_every_setting(run, photosha
         assert samples[name][once]["mIoU"] == pytest.approx(line_of(run[1], title)["metrics"]["mIoU"])
 
 
+def average_precision(truth, found):
+    """A finished evaluation of objects and detections: (image, class, box), and with a score."""
+
+    def entries(lines):
+        for number, (image, label, box, *score) in enumerate(lines, 1):
+            entry = {"id": number, "image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3]}
+            yield entry | ({"score": score[0]} if score else {"iscrowd": 0})
+
+    coco = COCO()
+    coco.dataset = {"images": [{"id": image} for image, *_ in truth], "categories": [{"id": 1}, {"id": 2}]}
+    coco.dataset["annotations"] = list(entries(truth))
+    coco.createIndex()
+    evaluation = COCOeval(coco, coco.loadRes(list(entries(found))), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+def test_average_precision_of_a_sample_is_that_of_a_data_set_with_these_images():
+    """Image 1 twice, and image 3, is a data set of three images of which two are the same."""
+    small, large, shifted = [10, 10, 20, 20], [10, 10, 80, 80], [14, 10, 80, 80]
+    truth = [(1, 1, small), (1, 2, large), (2, 1, large), (3, 1, large), (3, 2, small)]
+    found = [(1, 1, small, 0.9), (1, 2, shifted, 0.4), (1, 1, large, 0.95), (2, 1, shifted, 0.5), (3, 1, large, 0.6)]
+    resampled = mm_runs.ResampledPrecision(average_precision(truth, found), areas=2).metrics([0, 0, 2])
+
+    def copies(lines):
+        of_image = {1: [1, 2], 2: [], 3: [3]}
+        return [(copy, *line[1:]) for line in lines for copy in of_image[line[0]]]
+
+    expected = average_precision(copies(truth), copies(found)).stats
+    assert 0 < resampled["coco/bbox_mAP"] < 1
+    names = ("coco/bbox_mAP", "coco/bbox_mAP_50", "coco/bbox_mAP_s")
+    assert [resampled[name] for name in names] == pytest.approx([expected[0], expected[1], expected[3]])
+
+
 def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run, monkeypatch, capsys):
     arguments, report = run
     monkeypatch.setattr(equal_tokens.Comparison, "set_up", None)
@@ -170,6 +208,9 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
     expected = test_tool.main([detector.format("dense"), weights, "--work-dir", str(tmp_path), *options, *smaller])
     line = line_of(report, "dense, images of 83.3%")
     assert line["metrics"]["box mAP"] == 100 * expected["coco/bbox_mAP"]
+    merged = line_of(report, "merging, laplacian, 76%")
+    assert {"box mAP", "AP50", "AP small", "mask mAP"} == set(merged["gains"])
+    assert all(gains["error"] > 0 for gains in merged["gains"].values())
     assert line["tokens"] == expected["tokens"] == 20**2
     assert line["content_kept"] == pytest.approx((20 / 24) ** 2)
 

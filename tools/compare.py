@@ -26,6 +26,7 @@ from tools.results import Result, columns, markdown, read_table
 METRICS = {
     "coco/bbox_mAP": ("box mAP", 100),
     "coco/bbox_mAP_50": ("AP50", 100),
+    "coco/bbox_mAP_s": ("AP small", 100),
     "coco/segm_mAP": ("mask mAP", 100),
     "mIoU": ("mIoU", 1),
     "aAcc": ("aAcc", 1),
@@ -97,7 +98,7 @@ def of_mmengine(name: str, line: dict, folder: Path) -> Result:
 
 def metrics_of(line: dict) -> dict[str, float]:
     """Title -> value of the metrics that mmengine logged."""
-    known = {title: line[key] * factor for key, (title, factor) in METRICS.items() if key in line}
+    known = {title: line[key] * factor for key, (title, factor) in METRICS.items() if line.get(key, -1) >= 0}
     return known or {
         key: value for key, value in line.items() if isinstance(value, int | float) and not NO_METRICS.fullmatch(key)
     }

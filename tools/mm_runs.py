@@ -10,12 +10,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from unittest import mock
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from pycocotools.cocoeval import COCOeval, Params
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -85,17 +88,21 @@ def rgb_of(image: Tensor) -> Tensor:
     return image.flip(1)
 
 
+def evenly(count: int, most: int | None) -> range:
+    """Of so many images some that lie evenly among them, at most ``most``; None for all."""
+    return range(0, count, math.ceil(count / most) if most else 1)
+
+
 def tested_images(
     dataset: Dataset, most: int | None = None, pixels_of: Callable[[Tensor], Tensor] = rgb_of
 ) -> Iterator[Tensor]:
     """The images of a test set as the model sees them, float32 (1, 3, height, width) in 0..255, without padding.
 
     Args:
-        most: take at most so many, which lie evenly in it; None for all.
+        most: take at most so many, evenly; None for all.
         pixels_of: what makes RGB in 0..255 of the data set's images.
     """
-    step = math.ceil(len(dataset) / most) if most else 1
-    for index in track(range(0, len(dataset), step), "images"):
+    for index in track(evenly(len(dataset), most), "images"):
         yield pixels_of(dataset[index]["inputs"][None].float())
 
 
@@ -142,7 +149,7 @@ def build(cfg: Config) -> Runner:
 
 def test_with_samples(runner: Runner, draws: int) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Metrics of a test, and of samples of its images drawn with replacement: the same ones in every test of as many
-    images. Of metrics that are no sums over images, such as COCO's, there are no samples."""
+    images. Of metrics that are neither sums over images nor COCO's average precision there are no samples."""
     metrics, kept = [m for m in runner.test_loop.evaluator.metrics if type(m).__name__ in SUMS_OVER_IMAGES], []
 
     def keep(metric: BaseMetric, results: list) -> dict:
@@ -151,18 +158,76 @@ def test_with_samples(runner: Runner, draws: int) -> tuple[dict[str, float], lis
 
     for metric in metrics:
         metric.compute_metrics = partial(keep, metric)
-    found = runner.test()
+    with _evaluations() as evaluations:
+        found = runner.test()
+    precisions = [ResampledPrecision(evaluation, areas=2) for evaluation in evaluations]
     for metric in metrics:
         del metric.compute_metrics
-    chance, samples = random.Random(0), []
-    for _ in range(draws if kept else 0):
-        chosen = chance.choices(range(len(kept[0][1])), k=len(kept[0][1]))
-        sample = {}
+    if not kept and not precisions:
+        return _as_floats(found), []
+    count, chance, samples = len(kept[0][1]) if kept else precisions[0].images, random.Random(0), []
+    for _ in track(range(draws), "samples of the images"):
+        chosen, sample = chance.choices(range(count), k=count), {}
         for metric, results in kept:
             values = metric.compute_metrics([results[index] for index in chosen])
             sample |= {f"{metric.prefix}/{name}" if metric.prefix else name: value for name, value in values.items()}
+        for precision in precisions:
+            sample |= precision.metrics(chosen)
         samples.append(_as_floats(sample))
     return _as_floats(found), samples
+
+
+class ResampledPrecision:
+    """COCO's average precision of other choices of the images of an evaluation, objects and all.
+
+    Args:
+        evaluation: a finished one.
+        areas: of so many ranges of the objects' areas; the first are any, and small objects.
+
+    Attributes:
+        images: how many it is of.
+    """
+
+    def __init__(self, evaluation: COCOeval, areas: int):
+        self.evaluation, self.params = evaluation, copy.copy(evaluation.params)
+        self.images = len(self.params.imgIds)
+        self._found = np.array(evaluation.evalImgs, object).reshape(-1, len(self.params.areaRng), self.images)
+        self.params.areaRng, self.params.maxDets = self.params.areaRng[:areas], self.params.maxDets[-1:]
+
+    def of(self, images: Sequence[int]) -> np.ndarray:
+        """Precisions (thresholds, recalls, classes, areas), -1 where nothing is to be found, of the images with these
+        numbers in the evaluation, some of them several times."""
+        self.evaluation.evalImgs = self._found[:, :, images].flatten().tolist()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.evaluation.accumulate(self.params)
+        return self.evaluation.eval["precision"][..., 0]
+
+    def metrics(self, images: Sequence[int]) -> dict[str, float]:
+        """As mmdetection names them."""
+        precision = self.of(images)
+        half = precision[np.isclose(self.params.iouThrs, 0.5)]
+        found = {"mAP": precision[..., 0], "mAP_50": half[..., 0], "mAP_s": precision[..., 1]}
+        return {f"coco/{self.params.iouType}_{name}": mean_precision(values) for name, values in found.items()}
+
+
+def mean_precision(precision: np.ndarray) -> float:
+    """Over all that is to be found; -1 if nothing is, as COCO has it."""
+    counted = precision[precision > -1]
+    return float(counted.mean()) if len(counted) else -1.0
+
+
+@contextlib.contextmanager
+def _evaluations() -> Iterator[list[COCOeval]]:
+    """COCO's evaluations of classes that are made meanwhile."""
+    made, accumulate = [], COCOeval.accumulate
+
+    def keep(evaluation: COCOeval, params: Params | None = None) -> None:
+        if evaluation.params.useCats:
+            made.append(evaluation)
+        accumulate(evaluation, params)
+
+    with mock.patch.object(COCOeval, "accumulate", keep):
+        yield made
 
 
 def _as_floats(metrics: dict) -> dict[str, float]:
@@ -180,12 +245,13 @@ def time_interleaved(runners: Mapping[str, Runner], set_up: Callable[[str], obje
         set_up: is called with a title before its model is timed.
     """
     first = next(iter(runners))
-    count, batches = min(TIMED_IMAGES, len(runners[first].test_dataloader.dataset)), {}
+    images = evenly(len(runners[first].test_dataloader.dataset), TIMED_IMAGES)
+    batches = {}
     for runner in runners.values():
         loader = runner.test_dataloader
-        batches[id(runner)] = [loader.collate_fn([loader.dataset[index]]) for index in range(count)]
+        batches[id(runner)] = [loader.collate_fn([loader.dataset[image]]) for image in images]
     seconds = {title: [] for title in runners}
-    for index in track(range(count), "images"):
+    for index in track(range(len(images)), "images"):
         for round_ in range(TIMED_ROUNDS + 1):
             for title, runner in runners.items():
                 set_up(title)
