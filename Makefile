@@ -9,8 +9,9 @@ PYTEST_ARGS ?=
 setup:
 	@tools/setup_env.sh "$(VENV)"
 
+# In up to four processes of one thread each, a file's tests in one of them.
 test: setup lint
-	"$(VENV)/bin/python" -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
 	"$(VENV)/bin/python" -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
