@@ -3,19 +3,20 @@
 _base_ = "runtime.py"
 data_root = "data/camvid"
 size = (336, 448)
+# Images are resized by Pillow, which filters: OpenCV's bilinear resampling aliases, and smaller images suffer most.
 load_mask = [dict(type="LoadAnnotations"), dict(type="CheckSegMap", num_classes=11)]
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     *load_mask,
     # Smaller and larger than the test's, so that the head suits every size that tools/equal_tokens.py compares.
-    dict(type="RandomResize", scale=size[::-1], ratio_range=(0.6, 1.5), keep_ratio=True),
+    dict(type="RandomResize", scale=size[::-1], ratio_range=(0.6, 1.5), keep_ratio=True, backend="pillow"),
     dict(type="RandomCrop", crop_size=size),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=size[::-1], keep_ratio=True),
+    dict(type="Resize", scale=size[::-1], keep_ratio=True, backend="pillow"),
     *load_mask,
     dict(type="PackSegInputs"),
 ]
