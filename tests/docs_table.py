@@ -41,10 +41,12 @@ SUBSTITUTIONS = (
     ("_scorer_photoshapes.safetensors laplacian random", "_scorer_photoshapes.safetensors --keep 0.5"),
     ("--scorer scorer.safetensors laplacian random", "--scorer scorer.safetensors --keep 0.5"),
     ("camvid_scorer.safetensors entropy random", "camvid_scorer.safetensors --keep 0.5"),
+    ("bccd_scorer.safetensors entropy random", "bccd_scorer.safetensors --keep 0.5"),
     # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
     ("iter_400.pth", "iter_1.pth"),
+    ("iter_320.pth", "iter_1.pth"),
     # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.
     ("eva02-det eva02_L_coco_sys.pth checkpoints/", "eva02-det eva02_L_coco_sys.pth converted/"),
     (
@@ -138,6 +140,7 @@ def fill(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from examples.make_photoshapes import make_photoshapes
+    from tests.bccd import save_bccd
     from tests.golden import load_golden
     from tests.llava_tiny import save_hub_checkpoint
     from tools.video import write_video
@@ -160,8 +163,9 @@ def fill(folder: Path) -> None:
                 (configs / f"{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
     with open(folder / "seg_configs/_base_/photoshapes.py", "a") as config:
         config.write(_MULTI_SCALE)
-    with open(folder / "seg_configs/dinov2_s_linear_dense_camvid.py", "a") as config:
-        config.write(_SMALL + _ONE_STEP)
+    for path in ("seg_configs/dinov2_s_linear_dense_camvid.py", "det_configs/dinov2_s_dense_bccd.py"):
+        with open(folder / path, "a") as config:
+            config.write(_SMALL + _ONE_STEP)
     (folder / "checkpoints").mkdir()
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
         weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
@@ -191,6 +195,15 @@ def fill(folder: Path) -> None:
             (masks / f"{path.stem}.png").write_bytes(
                 (shapes / "annotations" / photos / f"{path.stem}.png").read_bytes()
             )
+    truth = json.loads((shapes / "annotations/instances_training.json").read_text())
+    cells = {}
+    for image in truth["images"]:
+        found = [entry for entry in truth["annotations"] if entry["image_id"] == image["id"]]
+        corners = [(x, y, x + width, y + height) for x, y, width, height in (entry["bbox"] for entry in found)]
+        classes = [("RBC", "WBC", "Platelets")[entry["category_id"] % 3] for entry in found]
+        picture = Image.open(shapes / "images/training" / image["file_name"])
+        cells[str(image["id"])] = picture, list(zip(classes, corners))
+    save_bccd(folder / "data/bccd", cells)
     (folder / "data/ade").mkdir()
     (folder / "data/ade/ADEChallengeData2016").symlink_to(shapes)
     photos = Path(skimage.__file__).parent / "data"

@@ -117,11 +117,14 @@ def test_every_config_builds_and_says_what_its_name_says(path, tmp_path):
     if method == "apt":
         assert all("adaptive_embed" in name for name in trained)
         assert cfg.load_from
+    elif "frozen" in cfg.model.backbone:
+        assert trained == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     else:
         assert len(trained) == len(list(model.parameters()))
     square = cfg.model.backbone.img_size
     assert square % backbone.patch_size == 0
-    assert cfg.model.data_preprocessor.pad_size_divisor == (2 * backbone.patch_size if "rect" in path.stem else square)
+    padded = {"rect": 2 * backbone.patch_size, "bccd": backbone.patch_size}.get(path.stem.split("_")[-1], square)
+    assert cfg.model.data_preprocessor.pad_size_divisor == padded
 
 
 @pytest.mark.parametrize("size", ["b", "l", "tiny"])

@@ -18,7 +18,10 @@ from PIL import Image
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
 from apt_backbones.mm.data import BadData
+from tests.bccd import save_bccd
+from tests.scorers import give_scorer
 from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
+from tools.mm_config import training_images
 
 MMDET_TOOLS = Path(__import__("mmdet").__file__).parent / ".mim" / "tools"
 
@@ -210,3 +213,39 @@ def test_two_processes_train_on_a_cpu_even_if_nothing_merges(trained, photoshape
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     subprocess.run([*launcher, *arguments], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=600)
     assert (tmp_path / "iter_2.pth").is_file()
+
+
+def test_what_is_learned_without_labels_is_learned_from_the_training_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "det_configs/dinov2_s_resizing_bccd.py")
+    with pytest.raises(FileNotFoundError, match="no data at data/bccd; put the folder BCCD of"):
+        training_images(config)
+    pictures = {name: (Image.new("RGB", (64, 48)), [("RBC", (1, 1, 30, 30))]) for name in ("a", "b")}
+    save_bccd(tmp_path / "data/bccd", pictures)
+    (tmp_path / "data/bccd/ImageSets/Main/train.txt").write_text("b\n")
+    assert training_images(config) == [Path("data/bccd/JPEGImages/b.jpg")]
+
+
+@pytest.mark.parametrize("method", ["dense", "learned"])
+def test_bccd_trains_heads_on_the_last_map_of_whole_images(method, tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = {str(n): Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)) for n in range(2)}
+    boxes = [("RBC", (10, 10, 60, 70)), ("WBC", (50, 20, 120, 90)), ("Platelets", (5, 70, 25, 90))]
+    save_bccd(tmp_path / "bccd", {name: (picture, boxes) for name, picture in pictures.items()})
+    cfg = Config.fromfile(f"det_configs/dinov2_s_{method}_bccd.py")
+    give_scorer(cfg, tmp_path)
+    cfg.update(work_dir=str(tmp_path / "run"), log_level="WARNING", experiment_name=f"bccd_{method}")
+    cfg.model.backbone.checkpoint = None
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(tmp_path / "bccd")
+        for step in loader.dataset.pipeline:
+            step.update({name: side for name, side in (("scale", (112, 84)), ("crop_size", (84, 112))) if name in step})
+    cfg.train_cfg.update(max_iters=1, val_interval=1)
+    runner = RUNNERS.build(cfg)
+    before = {name: tensor.clone() for name, tensor in runner.model.state_dict().items()}
+    runner.train()
+    metrics = runner.test()
+    assert 0 <= metrics["coco/bbox_mAP"] <= 1 and metrics["tokens"] <= 6 * 8
+    moved = {name.split(".")[0] for name, tensor in runner.model.state_dict().items() if not tensor.equal(before[name])}
+    assert moved == {"neck", "rpn_head", "roi_head"}

@@ -13,7 +13,7 @@ examples:
 The scorer predicts what merging a patch loses: how much the dense model's output differs within it, be that what a
 segmenter's head says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target
 features; all other models); or how much what a classifier says (--target head) or reads (--target pooled) of the whole
-image changes.
+image changes. A configuration's own training images are taken unless --images names others.
 Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run resumes. Runs without a GPU.
 """
 
@@ -28,10 +28,10 @@ from torch import Tensor
 from tools.cli import check_at_least, parser_of
 from apt_backbones.distance import merging_off
 from apt_backbones.distill import WIDTH, Epoch, ViewSettings, cut_view, make_views, train_scorer
-from apt_backbones.images import find_images, read_rgb
+from apt_backbones.images import read_rgb
 from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses
 from tools import steps
-from tools.frozen_model import Frozen, add_model_arguments, frozen_model
+from tools.frozen_model import Frozen, add_model_arguments, frozen_model, images_of
 
 FITTED_ON = 64  # views whose features are clustered
 
@@ -97,7 +97,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     frozen = frozen_model(args.model, args.weights, args.sizes, args.resize)
     target = frozen.target(args.target)
-    paths, chance = find_images(args.images), random.Random(args.seed)
+    paths, chance = images_of(args), random.Random(args.seed)
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images are too few to learn from some and to hold out others")
     paths = chance.sample(paths, min(args.sample, len(paths)))

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tools.cli import check_at_least, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
-from apt_backbones.images import find_images, read_rgb, to_tensor
+from apt_backbones.images import read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
-from tools.frozen_model import add_model_arguments, frozen_model
+from tools.frozen_model import add_model_arguments, frozen_model, images_of
 
 CALIBRATED_ON = 200
 LAYERS = ("embedding", "adapters", "maps")
@@ -80,7 +80,7 @@ def main() -> None:
     target, trunk, prepare = frozen.target(args.target), frozen.trunk, frozen.settings.prepare
     if target == "pooled" and args.batch == 1:
         raise ValueError("the variance of pooled features is that between images; give --batch 2 or more")
-    paths = find_images(args.images)
+    paths = images_of(args)
     trunk.scorer = args.scorer or trunk.scorer
     if args.keep:
         some = paths[:: -(-len(paths) // CALIBRATED_ON)]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apt_backbones.distill import ViewSettings
+from apt_backbones.images import find_images
 from apt_backbones.scores import check_sizes
 from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
@@ -29,7 +30,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """The flags of a tool that trains ``what`` on one of a frozen model's outputs."""
     add = parser.add_argument
     add("model", help="configuration of an adaptive model, folder of a LLaVA, or name of a timm ViT")
-    add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours; no labels are needed")
+    add(
+        "--images",
+        nargs="+",
+        metavar="IMAGE|DIR",
+        help="images like yours; no labels are needed (default: the configuration's training images)",
+    )
     add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
     add("--target", choices=TARGETS, help="default: head for segmenters and classifiers, features for all others")
@@ -45,6 +51,21 @@ def _safetensors(text: str) -> Path:
     if Path(text).suffix != ".safetensors":
         raise argparse.ArgumentTypeError(f"must name a .safetensors file, got {text}")
     return Path(text)
+
+
+def images_of(args: argparse.Namespace) -> list[Path]:
+    """Those that the flags name, or else the training images of the configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none.
+    """
+    if args.images:
+        return find_images(args.images)
+    if Path(args.model).suffix != ".py":
+        raise ValueError(f"{args.model} is no configuration, which would have training images; name some with --images")
+    from tools.mm_config import training_images
+
+    return training_images(args.model)
 
 
 class Frozen(NamedTuple):

