@@ -2,8 +2,10 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.config import Config
 from PIL import Image
 from pycocotools.coco import COCO
@@ -106,6 +108,17 @@ def test_squares_are_padded_in_proportion_and_to_whole_patches(config, patch, sc
     assert [step.scale for step in smaller.test_dataloader.dataset.pipeline if "scale" in step] == [sides]
     assert smaller.model.data_preprocessor.get("pad_size_divisor") == padding
     assert cfg.to_dict() == before
+
+
+def test_smaller_images_fill_whole_patches_and_reach_below_every_budget():
+    """Of 392 x 294 pixels, 28 x 21 patches, those whose sides are multiples of 3 / 21 of these."""
+
+    images = [{"inputs": torch.zeros(3, 294, 392)}]
+    runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=images))
+    trunk = SimpleNamespace(patch_size=14)
+    comparison = SimpleNamespace(slides=False, side=294, trunk=trunk, runner=lambda scale: runner)
+    scales = equal_tokens.Comparison.scales(comparison, [0.9, 0.7, 0.5, 0.85 * 0.5])
+    assert scales == [1, 18 / 21, 15 / 21, 12 / 21]
 
 
 def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():

@@ -165,9 +165,9 @@ class Comparison:
         return [*map(Row, self.scales([*budgets, BELOW * budgets[-1]])), *merging]
 
     def scales(self, shares: Sequence[float]) -> list[float]:
-        """1, and scales at which images have about these shares of the tokens: of three sizes the one at which some of
-        the images fill whole patches best. At others their edges would be padded more than those of the whole images.
-        (Crops of images always are whole.)
+        """1, and scales at which images have about these shares of the tokens: of the nearest size and its neighbours,
+        for the last share only smaller ones, that at which some of the images fill whole patches best. At others their
+        edges would be padded more than those of the whole images. (Crops of images always are whole.)
         """
         cells, patch_size = self.side // self.trunk.patch_size, self.trunk.patch_size
         images = [] if self.slides else tested_images(self.runner(1.0).test_dataloader.dataset, MEASURED)
@@ -177,8 +177,9 @@ class Comparison:
             pixels = [round(side * number / cells) for side in sides]
             return sum(-side % patch_size / side for side in pixels)
 
-        nearest = [round(cells * math.sqrt(share)) for share in shares]
-        found = {min((near, near - 1, near + 1), key=padding) for near in (min(near, cells - 2) for near in nearest)}
+        *others, last = (min(round(cells * math.sqrt(share)), cells - 2) for share in shares)
+        tried = [*((near, near - 1, near + 1) for near in others), (last, last - 1, last - 2)]
+        found = {min(numbers, key=padding) for numbers in tried}
         return [1.0, *(number / cells for number in sorted(found, reverse=True) if number > 0)]
 
     @property
