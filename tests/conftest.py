@@ -1,5 +1,7 @@
 import importlib.util
+import os
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,13 @@ NEEDED = re.compile(rf"^(?:from|import) (?:apt_backbones\.mm|{'|'.join(OPTIONAL)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """What a test sets in the environment, such as a launcher's LOCAL_RANK, is gone after it."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
