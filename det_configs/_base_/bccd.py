@@ -10,8 +10,8 @@ meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
-    # Smaller and larger than the test's, so that the heads suit every size that tools/equal_tokens.py compares.
-    dict(type="RandomResize", scale=crop_size[::-1], ratio_range=(0.6, 1.5), **resized),
+    # From half the test's size to more than it, so that the heads suit every size that tools/equal_tokens.py compares.
+    dict(type="RandomResize", scale=(308, 231), ratio_range=(0.6, 1.5), **resized),
     dict(type="RandomCrop", crop_size=crop_size),
     dict(type="RandomFlip", prob=[0.3, 0.3], direction=["horizontal", "vertical"]),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(4, 4)),
