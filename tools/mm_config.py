@@ -94,7 +94,9 @@ def training_images(path: str) -> list[Path]:
     cfg = read_config(path)
     if not cfg.get("train_dataloader"):
         raise ValueError(f"{path} trains on nothing; name images with --images")
-    check_data(cfg, ["train_dataloader"])
+    root = cfg.train_dataloader.dataset.get("data_root")
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(f"no data at {root}; {advice_for(root)}, or name images with --images")
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     if is_classifier(cfg):
