@@ -42,6 +42,8 @@ SUBSTITUTIONS = (
     ("--scorer scorer.safetensors laplacian random", "--scorer scorer.safetensors --keep 0.5"),
     ("camvid_scorer.safetensors entropy random", "camvid_scorer.safetensors --keep 0.5"),
     ("bccd_scorer.safetensors entropy random", "bccd_scorer.safetensors --keep 0.5"),
+    ("nuclei_scorer.safetensors entropy random", "nuclei_scorer.safetensors --keep 0.5"),
+    ("nuclei_boxes_scorer.safetensors entropy random", "nuclei_boxes_scorer.safetensors --keep 0.5"),
     # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
@@ -143,6 +145,7 @@ def fill(folder: Path) -> None:
     from tests.bccd import save_bccd
     from tests.golden import load_golden
     from tests.llava_tiny import save_hub_checkpoint
+    from tests.nuclei import save_nuclei
     from tools.video import write_video
 
     for name in ("tools", "benchmarks", "examples", "apt_backbones", "llava_apt", "tests", "docs"):
@@ -163,8 +166,13 @@ def fill(folder: Path) -> None:
                 (configs / f"{scale.format(method)}.py").write_text(_TINY.format(method, weights) + _ONE_STEP)
     with open(folder / "seg_configs/_base_/photoshapes.py", "a") as config:
         config.write(_MULTI_SCALE)
-    for path in ("seg_configs/dinov2_s_linear_dense_camvid.py", "det_configs/dinov2_s_dense_bccd.py"):
-        with open(folder / path, "a") as config:
+    for task, name in (
+        ("seg", "linear_dense_camvid"),
+        ("seg", "linear_dense_nuclei"),
+        ("det", "dense_bccd"),
+        ("det", "dense_nuclei"),
+    ):
+        with open(folder / f"{task}_configs/dinov2_s_{name}.py", "a") as config:
             config.write(_SMALL + _ONE_STEP)
     (folder / "checkpoints").mkdir()
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
@@ -204,6 +212,7 @@ def fill(folder: Path) -> None:
         picture = Image.open(shapes / "images/training" / image["file_name"])
         cells[str(image["id"])] = picture, list(zip(classes, corners))
     save_bccd(folder / "data/bccd", cells)
+    save_nuclei(folder / "kaggle-dsbowl-2018-dataset-fixes/stage1_train", 10, 96, 128)
     (folder / "data/ade").mkdir()
     (folder / "data/ade/ADEChallengeData2016").symlink_to(shapes)
     photos = Path(skimage.__file__).parent / "data"

@@ -123,7 +123,8 @@ def test_every_config_builds_and_says_what_its_name_says(path, tmp_path):
         assert len(trained) == len(list(model.parameters()))
     square = cfg.model.backbone.img_size
     assert square % backbone.patch_size == 0
-    padded = {"rect": 2 * backbone.patch_size, "bccd": backbone.patch_size}.get(path.stem.split("_")[-1], square)
+    whole = {"rect": 2 * backbone.patch_size, "bccd": backbone.patch_size, "nuclei": backbone.patch_size}
+    padded = whole.get(path.stem.split("_")[-1], square)
     assert cfg.model.data_preprocessor.pad_size_divisor == padded
 
 

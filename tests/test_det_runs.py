@@ -18,7 +18,9 @@ from PIL import Image
 import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
 from apt_backbones.mm.data import BadData
+from examples.make_nuclei import make_nuclei
 from tests.bccd import save_bccd
+from tests.nuclei import save_nuclei
 from tests.scorers import give_scorer
 from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 from tools.mm_config import training_images
@@ -226,21 +228,32 @@ def test_what_is_learned_without_labels_is_learned_from_the_training_images(tmp_
     assert training_images(config) == [Path("data/bccd/JPEGImages/b.jpg")]
 
 
-@pytest.mark.parametrize("method", ["dense", "learned"])
-def test_bccd_trains_heads_on_the_last_map_of_whole_images(method, tmp_path):
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="session")
+def whole_images(tmp_path_factory) -> Path:
+    """Folders bccd and nuclei of a few images."""
+    root, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     pictures = {str(n): Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)) for n in range(2)}
     boxes = [("RBC", (10, 10, 60, 70)), ("WBC", (50, 20, 120, 90)), ("Platelets", (5, 70, 25, 90))]
-    save_bccd(tmp_path / "bccd", {name: (picture, boxes) for name, picture in pictures.items()})
-    cfg = Config.fromfile(f"det_configs/dinov2_s_{method}_bccd.py")
+    save_bccd(root / "bccd", {name: (picture, boxes) for name, picture in pictures.items()})
+    make_nuclei(save_nuclei(root / "source"), root / "nuclei")
+    return root
+
+
+@pytest.mark.parametrize("data", ["bccd", "nuclei"])
+@pytest.mark.parametrize("method", ["dense", "learned"])
+def test_heads_are_trained_on_the_last_map_of_whole_images(method, data, whole_images, tmp_path):
+    cfg = Config.fromfile(f"det_configs/dinov2_s_{method}_{data}.py")
     give_scorer(cfg, tmp_path)
-    cfg.update(work_dir=str(tmp_path / "run"), log_level="WARNING", experiment_name=f"bccd_{method}")
+    cfg.update(work_dir=str(tmp_path / "run"), log_level="WARNING", experiment_name=f"{data}_{method}")
     cfg.model.backbone.checkpoint = None
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(tmp_path / "bccd")
+        loader.dataset.data_root = str(whole_images / data)
         for step in loader.dataset.pipeline:
             step.update({name: side for name, side in (("scale", (112, 84)), ("crop_size", (84, 112))) if name in step})
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        if "ann_file" in evaluator:
+            evaluator.ann_file = evaluator.ann_file.replace(cfg.data_root, str(whole_images / data))
     cfg.train_cfg.update(max_iters=1, val_interval=1)
     runner = RUNNERS.build(cfg)
     before = {name: tensor.clone() for name, tensor in runner.model.state_dict().items()}

