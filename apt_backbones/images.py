@@ -1,5 +1,6 @@
 """Reading users' image files."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,8 @@ def find_images(paths: list[str], suffixes: frozenset[str] = IMAGE_SUFFIXES) -> 
     if not found:
         raise FileNotFoundError(f"no images in {', '.join(paths)}")
     return found
+
+
+def evenly(count: int, most: int | None) -> range:
+    """Of so many images some that lie evenly among them, at most ``most``; None for all."""
+    return range(0, count, math.ceil(count / most) if most else 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tools.cli import check_at_least, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
-from apt_backbones.images import read_rgb, to_tensor
+from apt_backbones.images import evenly, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
 from tools.frozen_model import add_model_arguments, frozen_model, images_of
@@ -83,10 +83,9 @@ def main() -> None:
     paths = images_of(args)
     trunk.scorer = args.scorer or trunk.scorer
     if args.keep:
-        some = paths[:: -(-len(paths) // CALIBRATED_ON)]
         maps = [
-            score_maps_of(to_tensor(prepare(read_rgb(path))), tuple(trunk.thresholds), trunk.scorer)
-            for path in steps.track(some, "scoring")
+            score_maps_of(to_tensor(prepare(read_rgb(paths[index]))), tuple(trunk.thresholds), trunk.scorer)
+            for index in steps.track(evenly(len(paths), CALIBRATED_ON), "scoring")
         ]
         trunk.thresholds = calibrate_thresholds(maps, trunk.patch_size, args.keep)
         print(f"thresholds={trunk.thresholds}")

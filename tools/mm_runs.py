@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import math
 import random
 import statistics
 import time
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from apt_backbones.images import evenly
 from apt_backbones.mm.cls import now
 from tools.mm_config import build_runner, is_classifier
 from tools.patch_settings import native_side
@@ -86,11 +86,6 @@ def ratios_of(thresholds: Mapping[int, float]) -> list[float]:
 def rgb_of(image: Tensor) -> Tensor:
     """Images (B, 3, height, width) of mmdetection's and mmsegmentation's data sets, which are BGR."""
     return image.flip(1)
-
-
-def evenly(count: int, most: int | None) -> range:
-    """Of so many images some that lie evenly among them, at most ``most``; None for all."""
-    return range(0, count, math.ceil(count / most) if most else 1)
 
 
 def tested_images(
