@@ -127,6 +127,7 @@ def test_scripts_run_by_path_from_any_folder(script, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a hundred commands, of ten seconds each
 def test_every_command_of_the_documents_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["check_docs.py"])
     check_docs.main()
