@@ -22,45 +22,26 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 loader = dict(num_workers=1, persistent_workers=True)
-dataset = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=("nucleus",)))
-train_dataloader = dict(
-    **loader,
-    batch_size=8,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        **dataset,
-        ann_file="annotations/instances_training.json",
-        data_prefix=dict(img="images/training/"),
-        filter_cfg=dict(filter_empty_gt=True),
-        pipeline=train_pipeline,
-    ),
+tested = dict(**loader, batch_size=1, sampler=dict(type="DefaultSampler", shuffle=False))
+training, validation, test = (
+    dict(
+        type="CocoDataset",
+        data_root=data_root,
+        metainfo=dict(classes=("nucleus",)),
+        ann_file=f"annotations/instances_{split}.json",
+        data_prefix=dict(img=f"images/{split}/"),
+        test_mode=split != "training",
+        pipeline=train_pipeline if split == "training" else test_pipeline,
+    )
+    for split in ("training", "validation", "test")
 )
-val_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        **dataset,
-        ann_file="annotations/instances_validation.json",
-        data_prefix=dict(img="images/validation/"),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
+train_dataloader = dict(**loader, batch_size=8, sampler=dict(type="InfiniteSampler", shuffle=True), dataset=training)
+val_dataloader = dict(**tested, dataset=validation)
+test_dataloader = dict(**tested, dataset=test)
+val_evaluator, test_evaluator = (
+    dict(type="CocoMetric", metric="bbox", ann_file=f"{data_root}/{dataset['ann_file']}")
+    for dataset in (validation, test)
 )
-test_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        **dataset,
-        ann_file="annotations/instances_test.json",
-        data_prefix=dict(img="images/test/"),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
-val_evaluator = dict(type="CocoMetric", metric="bbox", ann_file=f"{data_root}/annotations/instances_validation.json")
-test_evaluator = dict(type="CocoMetric", metric="bbox", ann_file=f"{data_root}/annotations/instances_test.json")
 # The paper's threshold for detection, in bits of entropy; and what measurements favour instead
 # (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
 adaptive = dict(thresholds={28: 2.0})
@@ -70,4 +51,4 @@ learned = dict(
     merge="resizing",
     map_fill="interpolate",
 )
-del loader, dataset, resized
+del loader, tested, training, validation, test, resized

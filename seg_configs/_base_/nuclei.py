@@ -22,42 +22,21 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 loader = dict(num_workers=1, persistent_workers=True)
-dataset = dict(
-    type="BaseSegDataset",
-    data_root=data_root,
-    metainfo=dict(classes=("background", "nucleus"), palette=[[128, 128, 128], [220, 50, 47]]),
-    img_suffix=".png",
+tested = dict(**loader, batch_size=1, sampler=dict(type="DefaultSampler", shuffle=False))
+training, validation, test = (
+    dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        metainfo=dict(classes=("background", "nucleus"), palette=[[128, 128, 128], [220, 50, 47]]),
+        img_suffix=".png",
+        data_prefix=dict(img_path=f"images/{split}", seg_map_path=f"annotations/{split}"),
+        pipeline=train_pipeline if split == "training" else test_pipeline,
+    )
+    for split in ("training", "validation", "test")
 )
-train_dataloader = dict(
-    **loader,
-    batch_size=8,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path="images/test", seg_map_path="annotations/test"),
-        pipeline=test_pipeline,
-    ),
-)
+train_dataloader = dict(**loader, batch_size=8, sampler=dict(type="InfiniteSampler", shuffle=True), dataset=training)
+val_dataloader = dict(**tested, dataset=validation)
+test_dataloader = dict(**tested, dataset=test)
 # The second one counts only pixels within 3 pixels of a border between classes.
 val_evaluator = test_evaluator = [
     dict(type="IoUMetric", iou_metrics=["mIoU"]),
@@ -69,4 +48,4 @@ adaptive = dict(thresholds={28: 5.75})
 learned = dict(
     scorer="checkpoints/nuclei_scorer.safetensors", thresholds={28: 0.01}, merge="resizing", map_fill="interpolate"
 )
-del loader, dataset, load_mask
+del loader, tested, training, validation, test, load_mask
