@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from mmengine.config import Config
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file, save_file
 
 from tests.scripts import ROOT, data_options, run_script
 from tools import compare, equal_tokens, mm_runs
@@ -73,6 +75,25 @@ def test_smaller_images_have_all_their_sides_in_proportion(run, photoshapes, tmp
     smaller, line = metrics_by(DENSE, photoshapes, tmp_path, **sides), line_of(run[1], "dense, images of 70%")
     assert line["metrics"]["mIoU"] == smaller["mIoU"]
     assert line["content_kept"] == pytest.approx(0.7**2)
+
+
+def test_smaller_images_may_have_weights_of_their_own(run, photoshapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(equal_tokens, "DRAWS", 20)
+    weights = load_file(WEIGHTS)
+    weights["decode_head.conv_seg.bias"] += torch.tensor([1.0, -1.0])
+    save_file(weights, tmp_path / "smaller.safetensors")
+    folder = tmp_path / "run"
+    shutil.copytree(run[0][run[0].index("--work-dir") + 1], folder)
+    report = equal_tokens.main([*run[0], "--work-dir", str(folder), "--smaller", str(tmp_path / "smaller.safetensors")])
+    title, sides = "dense, images of 70%", {"test_dataloader.dataset.pipeline.1.scale": "(112,112)"}
+    sides |= {"model.test_cfg.crop_size": "(56,56)", "model.test_cfg.stride": "(37,37)"}
+    arguments = [DENSE, str(tmp_path / "smaller.safetensors"), "--work-dir", str(tmp_path / "test")]
+    tested = test_tool.main([*arguments, *settings(data_options(photoshapes) | sides)])
+    assert line_of(report, title)["metrics"]["mIoU"] == tested["mIoU"] != line_of(run[1], title)["metrics"]["mIoU"]
+    for title in ("dense", "merging, laplacian, 50%"):
+        assert line_of(report, title)["metrics"] == line_of(run[1], title)["metrics"]
+    merged = "merging, laplacian, 50%"
+    assert line_of(report, merged)["gains"]["mIoU"]["tokens"] != line_of(run[1], merged)["gains"]["mIoU"]["tokens"]
 
 
 def test_merging_is_the_configuration_at_the_thresholds_that_were_found(run, photoshapes, tmp_path):
@@ -208,7 +229,6 @@ def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run
 def test_detectors_and_classifiers(photoshapes, tmp_path):
     """Their images become smaller, too: of 192 x 144 pixels, padded to squares, 160 x 120; of 224, 160."""
     import timm
-    from safetensors.torch import save_file
 
     from tests.scripts import evaluator_options
 
@@ -249,6 +269,7 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
     "arguments, message",
     [
         ([APT, "none.pth"], "no checkpoint at none.pth"),
+        ([APT, WEIGHTS, "--smaller", "none.pth"], "no checkpoint at none.pth"),
         ([DENSE, WEIGHTS], "has no thresholds: its model is dense; name an adaptive configuration"),
         (["seg_configs/eva02_l_apt_512_ms.py", WEIGHTS], "tests at several scales"),
         ([APT, WEIGHTS.replace("seg_", "det_")], "of another model"),

@@ -12,7 +12,8 @@ Tests an adaptive configuration without merging, on images of its own size and o
 thresholds that keep shares of the tokens (found on the test's images; its labels are not used). Writes a table, a
 chart and a JSON file, which tools/compare.py reads, too. In parentheses is what a method gains over a smaller image of
 as many tokens of the content, and of IoU, accuracy and COCO's average precision the standard deviation of that over
-samples of the images; between the sizes that are tested the curve is a straight line. The same weights see all sizes.
+samples of the images; between the sizes that are tested the curve is a straight line. The same weights see all sizes;
+if you have others that were trained on smaller images, --smaller compares with those.
 Finished tests are kept in the work directory: the same command resumes.
 """
 
@@ -104,8 +105,9 @@ class Comparison:
     def __init__(self, args: argparse.Namespace):
         self.args, self.cfg = args, load_config(args)
         check_data(self.cfg, ["test_dataloader"])
-        if not Path(args.checkpoint).is_file():
-            raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
+        for weights in filter(None, (args.checkpoint, args.smaller)):
+            if not Path(weights).is_file():
+                raise FileNotFoundError(f"no checkpoint at {weights}")
         if "module" in self.cfg.model:
             raise ValueError(f"{args.config} tests at several scales; name the configuration of one scale")
         if not trunk_of(self.cfg).get("thresholds"):
@@ -131,12 +133,12 @@ class Comparison:
     # ------------------------------------------------------------------------------------------- models
 
     def runner(self, scale: float) -> Runner:
-        """Tests images of a scale; all runners share the weights."""
+        """Tests images of a scale; all runners of the same checkpoint share its weights."""
         if scale not in self._runners:
             with quiet():
                 runner = build(self.cfg if scale == 1 else rescaled(self.cfg, scale, self.trunk.patch_size))
-                if scale == 1:
-                    runner.load_checkpoint(self.args.checkpoint)
+                if scale == 1 or self.args.smaller:
+                    runner.load_checkpoint(self.args.checkpoint if scale == 1 else self.args.smaller)
                 else:
                     runner.model.load_state_dict(self.runner(1.0).model.state_dict(), assign=True)
             runner.model.eval().requires_grad_(False)
@@ -230,6 +232,8 @@ class Comparison:
             return {"metrics": metrics, "samples": samples}
 
         inputs = {"thresholds": self.calibrated(row.scorer)[row.keep] if row.scorer else None, "scale": row.scale}
+        if row.scale < 1 and self.args.smaller:
+            inputs["weights"] = fingerprint(self.args.smaller)
         return self.steps.run(_name(row.title), f"test: {row.title}", inputs, test)
 
     @cached_property
@@ -263,6 +267,7 @@ class Comparison:
             if line["method"] != "dense":
                 line["gains"] = {title: gains_of(number, title, lines, samples) for title in line["metrics"]}
         about = {"command": command, "config": self.args.config, "checkpoint": str(self.args.checkpoint)}
+        about["checkpoint_of_smaller_images"] = str(self.args.smaller or self.args.checkpoint)
         return {**about, "hardware": hardware(), "torch": torch.__version__, "rows": lines}
 
 
@@ -376,6 +381,7 @@ def main(argv: list[str] | None = None) -> dict:
         metavar="NAME|FILE",
         help=f"{', '.join(SCORERS)}, files of learned scorers, or random (default: the configuration's)",
     )
+    add("--smaller", metavar="CHECKPOINT", help="weights for smaller images (default: the same)")
     add("--work-dir", type=Path, help="for finished tests (work_dirs/equal_tokens/CONFIG)")
     add("--out", type=Path, metavar="JSON", help="the results; the chart is beside it (WORK_DIR/equal_tokens.json)")
     add_settings_argument(parser)
