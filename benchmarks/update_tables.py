@@ -48,6 +48,7 @@ HEADLINES = (
 # Further ones, measured with tools/equal_tokens.py.
 OWN_TESTS = (
     ("nuclei, linear head, mIoU", "nuclei_seg", "mIoU"),
+    ("nuclei, boxes of a small detector, mAP", "nuclei_det", "box mAP"),
     ("blood cells, boxes of a small detector, mAP", "bccd_det", "box mAP"),
 )
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
