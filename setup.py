@@ -10,7 +10,7 @@ EXTRAS = {
     "cls": ["onedl-mmengine>=0.10.12", "torchvision"],
     "llava": ["transformers>=5.20", "accelerate>=1.15", "pillow"],
     "eval": ["lmms-eval>=0.7.3", "filelock<4"],
-    "tools": ["imageio[pyav]", "pycocotools", "scikit-image", "pooch"],
+    "tools": ["imageio[pyav]", "peft", "pycocotools", "scikit-image", "pooch"],
     "flash": ["flash-attn>=2.6"],
     "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pre-commit"],
 }

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -19,13 +19,10 @@ from typing import NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from tools.cli import parser_of
 from apt_backbones import adapt, read_checkpoint
@@ -196,37 +193,20 @@ class Study:
             loss: of ``distance_from``.
             paths, views, batch, prepare: of the larger images, see ``finetune_features``.
         """
-        from apt_backbones.mm.feature_matching import RandomViews, distance_from
-
-        others = r"patch_embed\.proj|token_adapters\..*"
-        options = LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules=["qkv", "proj", "fc1", "fc2"], exclude_modules=others
-        )
-        model, file = get_peft_model(self.build(), options), self.work_dir / "lora.safetensors"
+        vit, file = self.build(), self.work_dir / "smaller.safetensors"
         if not file.is_file():
-            # What is cast in autocast would else stay as it was at the first step.
-            cast = partial(torch.autocast, "cpu", self.dtype, self.dtype != torch.float32, cache_enabled=False)
-            layers = [layer for layer in model.parameters() if layer.requires_grad]
-            optimizer = torch.optim.AdamW(layers, RATE, weight_decay=0.0)
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
-            data, chance = RandomViews(paths, views, STEPS * batch, prepare), random.Random(0)
-            for pixels in track(DataLoader(data, batch, num_workers=1), "LoRA", console=console):
-                images = self.normalized(pixels.float())
-                smaller = F.interpolate(images, chance.choice(sizes), mode="bicubic", antialias=True)
-                with cast():
-                    with torch.no_grad(), model.disable_adapter():
-                        dense = say(model.get_base_model(), images).float()
-                    found = say(model.get_base_model(), smaller).float()
-                if found.shape != dense.shape:
-                    found = F.interpolate(found, dense.shape[2:], mode="bilinear")
-                optimizer.zero_grad()
-                distance_from(dense, found, loss).backward()
-                nn.utils.clip_grad_norm_(layers, 1.0)
-                optimizer.step()
-                scheduler.step()
-            save_tensors(file, get_peft_model_state_dict(model))
-        set_peft_model_state_dict(model, load_file(file))
-        return model.merge_and_unload().eval().requires_grad_(False)
+            from apt_backbones.mm.smaller_images import finetune_for_smaller_images
+
+            def outputs(pixels: Tensor) -> Tensor:
+                # What is cast would else stay as it was when the first image was seen without LoRA.
+                with torch.autocast("cpu", self.dtype, self.dtype != torch.float32, cache_enabled=False):
+                    return say(vit, self.normalized(pixels))
+
+            settings = dict(rank=RANK, iterations=STEPS, batch=batch, rate=RATE, prepare=prepare)
+            finetune_for_smaller_images(vit, outputs, sizes, paths, views, self.work_dir / "smaller", loss, **settings)
+            save_tensors(file, vit.state_dict())
+        vit.load_state_dict(load_file(file))
+        return vit.eval().requires_grad_(False)
 
     @torch.inference_mode(False)  # whoever measures with them may be in it
     def trained_layers(

@@ -67,6 +67,7 @@ SUBSTITUTIONS = (
     ("photoshapes_results.py seg", "photoshapes_results.py seg --out made_results"),
     ("--error-sample 100", "--error-sample 2"),
     ("--iterations 1000", "--iterations 2"),
+    ("finetune_smaller.py", "finetune_smaller.py --iterations 2 --batch 1"),
     # The small segmenter has patches of 4 pixels.
     (
         "eva02_l_seg_512.pth --cfg-options model.backbone.thresholds.32=",

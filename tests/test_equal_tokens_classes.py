@@ -100,7 +100,7 @@ def test_the_run_that_trains_lora_measures_what_it_trained(data, small, tmp_path
         study_of = classes.ClassStudy(data, False, None, tmp_path / name, torch.bfloat16)
         found.append(study_of.features(setting)["cls"])
         (tmp_path / "resumes").mkdir(exist_ok=True)
-        shutil.copy(tmp_path / "trains" / "lora.safetensors", tmp_path / "resumes")
+        shutil.copy(tmp_path / "trains" / "smaller.safetensors", tmp_path / "resumes")
     assert torch.equal(*found)
     assert not torch.equal(found[0], study_of.features(Setting("dense", classes.SMALLER[0]))["cls"])
 

@@ -31,7 +31,7 @@ from apt_backbones.distill import WIDTH, Epoch, ViewSettings, cut_view, make_vie
 from apt_backbones.images import read_rgb
 from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses
 from tools import steps
-from tools.frozen_model import Frozen, add_model_arguments, frozen_model, images_of
+from tools.frozen_model import Frozen, add_model_arguments, add_target_arguments, frozen_model, images_of
 
 FITTED_ON = 64  # views whose features are clustered
 
@@ -86,6 +86,7 @@ def plot(path: Path, curve: list[Epoch]) -> None:
 def main() -> None:
     parser = parser_of(__doc__)
     add_model_arguments(parser, "the scorer goes")
+    add_target_arguments(parser)
     add = parser.add_argument
     add("--copies", type=int, default=6, help="random views per image (default: 6)")
     add("--prototypes", type=int, default=64, help="clusters of features (default: 64)")

@@ -25,7 +25,7 @@ from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.images import evenly, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
-from tools.frozen_model import add_model_arguments, frozen_model, images_of
+from tools.frozen_model import add_model_arguments, add_target_arguments, frozen_model, images_of
 
 CALIBRATED_ON = 200
 LAYERS = ("embedding", "adapters", "maps")
@@ -52,6 +52,7 @@ def plot(path: Path, curve: list[float], what: str) -> None:
 def main() -> None:
     parser = parser_of(__doc__)
     add_model_arguments(parser, "the new layers go")
+    add_target_arguments(parser)
     add = parser.add_argument
     add("--keep", type=float, help="calibrate to this share of tokens (default: the configuration's thresholds)")
     add("--scorer", help="name or file (default: the configuration's, or entropy)")
@@ -121,9 +122,9 @@ def main() -> None:
         views,
         work_dir / steps.digest([key, [str(path) for path in paths]]),
         loss,
-        args.iterations,
-        args.batch,
-        rate,
+        iterations=args.iterations,
+        batch=args.batch,
+        rate=rate,
         prepare=prepare,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)

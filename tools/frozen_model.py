@@ -38,13 +38,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     )
     add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
-    add("--target", choices=TARGETS, help="default: head for segmenters and classifiers, features for all others")
-    add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
-    add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
     add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
     add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
     add_device_argument(parser)
     add("--plot", type=Path, metavar="PNG", help="also plot the curve")
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a tool whose model may be any, and what is learned of it chosen."""
+    add = parser.add_argument
+    add("--target", choices=TARGETS, help="default: head for segmenters and classifiers, features for all others")
+    add("--sizes", type=int, nargs="+", help="merged patch sizes (default: the config's, or twice the base patch)")
+    add("--resize", type=int, metavar="PIXELS", help="longer image side that the model sees")
 
 
 def _safetensors(text: str) -> Path:

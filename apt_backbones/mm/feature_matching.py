@@ -48,28 +48,25 @@ class RandomViews(Dataset):
         return cut_view(image, self.settings, random.Random(f"{self.settings.seed} {index}"))
 
 
-class FeatureMatching(BaseModel):
-    """What trains: the model with merging learns to say what it says without.
+class Matching(BaseModel):
+    """What trains: a model learns to say of fewer tokens what it says of all of them.
 
     Args:
-        model: with an adaptive trunk that merges; all but its new layers are frozen.
+        model: with an adaptive trunk.
         outputs: pixels (B, 3, height, width) in 0..255 to features or probabilities (B, C, ...), by this model: maps,
             or what it says of whole images.
         loss: of ``distance_from``.
 
     Raises:
-        ValueError: the model has no new layers, or its trunk merges nothing.
+        ValueError: an unknown loss.
     """
 
     def __init__(self, model: nn.Module, outputs: Callable[[Tensor], Tensor], loss: str = "features"):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
-        self.model = freeze_host(model)
+        self.model, self.outputs, self.loss = model, outputs, loss
         self.trunk_of_model = [find_trunk(model)]  # in a list: its weights belong to the model
-        if not any(self.trunk.thresholds.values()):
-            raise ValueError("nothing merges under these thresholds, so there is nothing to learn")
-        self.outputs, self.loss = outputs, loss
 
     @property
     def trunk(self) -> AdaptiveTrunk:
@@ -77,6 +74,19 @@ class FeatureMatching(BaseModel):
 
     def init_weights(self) -> None:
         """Nothing: mmengine's would draw the frozen weights of timm's networks anew."""
+
+
+class FeatureMatching(Matching):
+    """The model with merging learns to say what it says without; all but its new layers are frozen.
+
+    Raises:
+        ValueError: the model has no new layers, or its trunk merges nothing.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Callable[[Tensor], Tensor], loss: str = "features"):
+        super().__init__(freeze_host(model), outputs, loss)
+        if not any(self.trunk.thresholds.values()):
+            raise ValueError("nothing merges under these thresholds, so there is nothing to learn")
 
     def forward(self, pixels: Tensor, mode: str = "loss") -> dict[str, Tensor]:
         """``loss``, and for the log ``distance``, the same, and ``kept``, the share of tokens."""
@@ -115,16 +125,38 @@ def finetune_features(
     views: ViewSettings,
     work_dir: Path,
     loss: str = "features",
+    **options,
+) -> dict[str, list[float]]:
+    """Train a model's new layers in place; an interrupted run goes on from its last checkpoint.
+
+    Args:
+        model, outputs, loss: see ``FeatureMatching``.
+        paths, views, work_dir, options: see ``train``.
+
+    Returns:
+        The curve: name -> value of every iteration ("distance", "kept").
+
+    Raises:
+        ValueError: as ``FeatureMatching``; or fewer than 2 iterations.
+    """
+    return train(FeatureMatching(model, outputs, loss), paths, views, work_dir, **options)
+
+
+def train(
+    matching: Matching,
+    paths: Sequence[Path],
+    views: ViewSettings,
+    work_dir: Path,
     iterations: int = 1000,
     batch: int = 4,
     rate: float = 1e-3,
     workers: int = 2,
     prepare: Callable = lambda image: image,
 ) -> dict[str, list[float]]:
-    """Train a model's new layers in place; an interrupted run goes on from its last checkpoint.
+    """Train in place; an interrupted run goes on from its last checkpoint.
 
     Args:
-        model, outputs, loss: see ``FeatureMatching``.
+        matching: what trains.
         paths: image files.
         views: how training views are cut from them.
         work_dir: for mmengine's logs and checkpoints.
@@ -134,17 +166,17 @@ def finetune_features(
         prepare: an image as its file has it -> as large as the model sees it.
 
     Returns:
-        The curve: name -> value of every iteration ("distance", "kept").
+        The curve: name -> value of every iteration, of what ``matching`` logs.
 
     Raises:
-        ValueError: as ``FeatureMatching``; or fewer than 2 iterations.
+        ValueError: fewer than 2 iterations.
     """
     if iterations < 2:
         raise ValueError(f"at least 2 iterations are needed, not {iterations}")
     dataset = RandomViews(paths, views, iterations * batch, prepare)
     warm_up = max(1, iterations // 10)
     runner = APTRunner(
-        FeatureMatching(model, outputs, loss),
+        matching,
         str(work_dir),
         train_dataloader=DataLoader(
             dataset, batch, sampler=DefaultSampler(dataset, shuffle=False), num_workers=workers, collate_fn=_collate
@@ -166,9 +198,9 @@ def finetune_features(
         experiment_name=f"finetune_features_{uuid.uuid4().hex}",  # mmengine refuses to use a name twice in a process
     )
     runner.train()
-    curve = {name: runner.message_hub.get_scalar(f"train/{name}").data[0].tolist() for name in ("distance", "kept")}
-    model.eval()
-    return curve
+    matching.model.eval()
+    scalars = {name.removeprefix("train/"): scalar for name, scalar in runner.message_hub.log_scalars.items()}
+    return {name: scalars[name].data[0].tolist() for name in ("distance", "kept") if name in scalars}
 
 
 def _collate(views: list[Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Tune a model to read smaller images, without labels: what merging competes with.
+
+examples:
+  python tools/finetune_smaller.py seg_configs/eva02_tiny_apt_photoshapes.py \\
+      --weights seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors --out smaller.safetensors
+  python tools/equal_tokens.py seg_configs/eva02_tiny_apt_photoshapes.py \\
+      seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors --smaller smaller.safetensors
+
+Low-rank additions to every linear layer of the trunk's blocks (LoRA) learn to let the model say of smaller images what
+it says of whole ones: a segmenter's or classifier's probabilities. They end in the weights, so that they cost nothing,
+and the file holds all weights of the model. An interrupted run resumes. Runs without a GPU.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tools.cli import check_at_least, parser_of
+from apt_backbones.distill import save_tensors
+from apt_backbones.images import read_rgb
+from tools import steps
+from tools.equal_tokens import BELOW, KEEP
+from tools.finetune_features import plot
+from tools.frozen_model import add_model_arguments, frozen_model, images_of
+
+ZOOM = (0.9, 1.25)  # of images in the views of training
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    add_model_arguments(parser, "the tuned weights go")
+    add = parser.add_argument
+    shares = [*KEEP, round(BELOW * min(KEEP), 2)]
+    add("--keep", type=float, nargs="+", default=shares, help="tokens of smaller images, shares (0.9 to 0.43)")
+    add("--rank", type=int, default=16, help="of the additions (default: 16)")
+    add("--iterations", type=int, default=450, help="training steps (default: 450)")
+    add("--batch", type=int, default=4, help="views of a step (default: 4)")
+    add("--rate", type=float, default=1e-4, help="highest learning rate (default: 0.0001)")
+    args = parser.parse_args()
+    check_at_least(args, iterations=2, batch=1, rank=1)
+    from apt_backbones.mm.smaller_images import finetune_for_smaller_images
+
+    if not all(0 < keep < 1 for keep in args.keep):
+        raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
+    torch.manual_seed(args.seed)
+    frozen = frozen_model(args.model, args.weights, None)
+    if frozen.head is None:
+        raise ValueError(
+            "only what a segmenter or classifier says stays the same in a smaller image; others learn from labels: "
+            "train the configuration on smaller images"
+        )
+    paths, patch_size = images_of(args), frozen.trunk.patch_size
+    views = frozen.views(args.view, read_rgb(paths[0]), patch_size, seed=args.seed)._replace(scales=ZOOM)
+    sizes = [
+        tuple(max(1, round(side * math.sqrt(keep) / patch_size)) * patch_size for side in views.size)
+        for keep in args.keep
+    ]
+    frozen.model.to(args.device)
+
+    def outputs(pixels: Tensor) -> Tensor:
+        return frozen.head(frozen.normalized(pixels))
+
+    key = [args.model, args.weights, sizes, views, args.rank, args.iterations, args.batch, args.rate]
+    curve = finetune_for_smaller_images(
+        frozen.model,
+        outputs,
+        sizes,
+        paths,
+        views,
+        args.out.parent / f".{args.out.stem}_training" / steps.digest([key, [str(path) for path in paths]]),
+        "probabilities",
+        args.rank,
+        args.iterations,
+        batch=args.batch,
+        rate=args.rate,
+        prepare=frozen.settings.prepare,
+    )["distance"]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(args.out, frozen.model.state_dict())
+    if args.plot:
+        plot(args.plot, curve, "probabilities")
+    tenth = max(1, len(curve) // 10)
+    first, last = (sum(part) / tenth for part in (curve[:tenth], curve[-tenth:]))
+    print(f"{args.out}: distance to what the model says of whole images {first:.4f} -> {last:.4f}")
+
+
+if __name__ == "__main__":
+    steps.run(main)
