@@ -77,6 +77,30 @@ def test_smaller_images_have_all_their_sides_in_proportion(run, photoshapes, tmp
     assert line["content_kept"] == pytest.approx(0.7**2)
 
 
+def test_larger_images_are_merged_too(photoshapes, tmp_path):
+    """Images of 160 pixels in crops of 80, 53 apart, become 200 in crops of 100, 66 apart; the shares of tokens are of
+    those of 160 pixels."""
+    options = data_options(photoshapes) | {"test_dataloader.dataset.indices": "2"}
+    arguments = [APT, WEIGHTS, "--work-dir", str(tmp_path), "--keep", "0.6", "--scales", "1.25", *settings(options)]
+    report = equal_tokens.main(arguments)
+    titles = "dense, images of 125%", "merging, laplacian, images of 125%, 60%"
+    dense, merged = (line_of(report, title) for title in titles)
+    calibrated = json.loads((tmp_path / "steps/thresholds_of_laplacian__images_of_125_.json").read_text())
+    larger = {"test_dataloader.dataset.pipeline.1.scale": "(200,200)"}
+    larger |= {"model.test_cfg.crop_size": "(100,100)", "model.test_cfg.stride": "(66,66)"}
+    assert dense["metrics"]["mIoU"] == metrics_by(DENSE, photoshapes, tmp_path / "dense", **options | larger)["mIoU"]
+    larger["model.backbone.thresholds.8"] = calibrated["result"]["0.6"]["8"]
+    expected = metrics_by(APT, photoshapes, tmp_path / "merged", **options | larger)
+    assert merged["metrics"]["mIoU"] == expected["mIoU"]
+    assert dense["content_kept"] == pytest.approx(1.25**2)
+    assert merged["content_kept"] == pytest.approx(1.25**2 * expected["content_kept"])
+    assert 0.8 < merged["content_kept"] < 1.1, "about 60 % of 156 %"
+    gain = merged["gains"]["mIoU"]["tokens"]
+    smaller = [(line["content_kept"], line["metrics"]["mIoU"]) for line in report["rows"] if line["method"] == "dense"]
+    assert gain == equal_tokens.over(smaller, merged["content_kept"], merged["metrics"]["mIoU"])
+    assert all(line["scale"] == 1.25 for line in report["rows"] if line["scorer"]), "only these are merged"
+
+
 def test_smaller_images_may_have_weights_of_their_own(run, photoshapes, tmp_path, monkeypatch):
     monkeypatch.setattr(equal_tokens, "DRAWS", 20)
     weights = load_file(WEIGHTS)
@@ -137,9 +161,14 @@ def test_smaller_images_fill_whole_patches_and_reach_below_every_budget():
     images = [{"inputs": torch.zeros(3, 294, 392)}]
     runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=images))
     trunk = SimpleNamespace(patch_size=14)
-    comparison = SimpleNamespace(slides=False, side=294, trunk=trunk, runner=lambda scale: runner)
+    comparison = SimpleNamespace(slides=False, side=294, trunk=trunk, runner=lambda scale: runner, merged=[1.0])
     scales = equal_tokens.Comparison.scales(comparison, [0.9, 0.7, 0.5, 0.85 * 0.5])
     assert scales == [1, 18 / 21, 15 / 21, 12 / 21]
+    # An image of 30 rows with 68 % of its tokens has as many as one of 24, with 28 % somewhat more than one of 15.
+    comparison.merged = [30 / 21]
+    tokens = (30 / 21) ** 2
+    scales = equal_tokens.Comparison.scales(comparison, [0.68 * tokens, 0.28 * tokens, 0.85 * 0.28 * tokens])
+    assert scales == [1, 30 / 21, 24 / 21, 15 / 21]
 
 
 def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
@@ -274,6 +303,7 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
         (["seg_configs/eva02_l_apt_512_ms.py", WEIGHTS], "tests at several scales"),
         ([APT, WEIGHTS.replace("seg_", "det_")], "of another model"),
         ([APT, WEIGHTS, "--keep", "70"], "--keep takes shares between 0 and 1"),
+        ([APT, WEIGHTS, "--scales", "1", "0"], "--scales takes positive numbers"),
         ([APT, WEIGHTS, "--scorer", "none.safetensors"], "none.safetensors"),
         ([APT, WEIGHTS, "--scorer", SCORER, "copy/eva02_tiny_scorer_photoshapes.safetensors"], "rename one"),
         (["det_configs/eva02_l_apt_1536.py", WEIGHTS], "no data at data/coco/; put COCO there"),

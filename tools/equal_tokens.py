@@ -4,7 +4,7 @@
 examples:
   python tools/equal_tokens.py seg_configs/eva02_l_apt_512.py work_dirs/seg/eva02_l_apt_512/iter_4000.pth
   python tools/equal_tokens.py seg_configs/eva02_l_learned_512.py checkpoints/eva02_l_seg_512.pth \\
-      --scorer checkpoints/scorer.safetensors entropy random --keep 0.5 0.7 0.9
+      --scorer checkpoints/scorer.safetensors entropy random --keep 0.5 0.7 0.9 --scales 1 1.25
   python tools/equal_tokens.py det_configs/eva02_tiny_apt_photoshapes.py \\
       det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
 
@@ -12,8 +12,9 @@ Tests an adaptive configuration without merging, on images of its own size and o
 thresholds that keep shares of the tokens (found on the test's images; its labels are not used). Writes a table, a
 chart and a JSON file, which tools/compare.py reads, too. In parentheses is what a method gains over a smaller image of
 as many tokens of the content, and of IoU, accuracy and COCO's average precision the standard deviation of that over
-samples of the images; between the sizes that are tested the curve is a straight line. The same weights see all sizes;
-if you have others that were trained on smaller images, --smaller compares with those.
+samples of the images; between the sizes that are tested the curve is a straight line. --scales merges larger images,
+too, if your model reads them well. The same weights see all sizes; if you have others that were trained on smaller
+images, --smaller compares with those.
 Finished tests are kept in the work directory: the same command resumes.
 """
 
@@ -81,15 +82,19 @@ class Row(NamedTuple):
 
     @property
     def method(self) -> str:
+        """What it has in common with other budgets, and dense images with those of other sizes."""
         if self.scorer is None:
             return "dense"
-        return "random" if self.scorer == "random" else f"merging, {Path(self.scorer).stem}"
+        return ("random" if self.scorer == "random" else f"merging, {Path(self.scorer).stem}") + images_of(self.scale)
 
     @property
     def title(self) -> str:
-        if self.scorer is None:
-            return "dense" if self.scale == 1 else f"dense, images of {100 * self.scale:.3g}%"
-        return f"{self.method}, {100 * self.keep:g}%"
+        return f"dense{images_of(self.scale)}" if self.scorer is None else f"{self.method}, {100 * self.keep:g}%"
+
+
+def images_of(scale: float) -> str:
+    """What titles add for a scale."""
+    return "" if scale == 1 else f", images of {100 * scale:.3g}%"
 
 
 class Comparison:
@@ -114,6 +119,8 @@ class Comparison:
             raise ValueError(f"{args.config} has no thresholds: its model is dense; name an adaptive configuration")
         if not all(0 < keep < 1 for keep in args.keep):
             raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
+        if min(args.scales) <= 0:
+            raise ValueError("--scales takes positive numbers, such as 1 1.25")
         self.work_dir = Path(args.work_dir or Path("work_dirs", "equal_tokens", Path(args.config).stem))
         self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
         named = [trunk_of(self.cfg).get(name) or "" for name in ("scorer", "new_layers")]
@@ -121,7 +128,7 @@ class Comparison:
         inputs = {"config": digest(self.cfg.to_dict()), "files": files}
         self.steps = Steps(self.work_dir / "steps", inputs)
         self._runners: dict[float, Runner] = {}
-        self._calibrated: dict[str, dict[float, dict[int, float]]] = {}
+        self._calibrated: dict[tuple[float, str], dict[float, dict[int, float]]] = {}
         self.thresholds = dict(self.trunk.thresholds)
         self.scorers = list(dict.fromkeys(args.scorer or [scorer_of(self.cfg)]))
         for scorer in self.scorers:
@@ -137,8 +144,10 @@ class Comparison:
         if scale not in self._runners:
             with quiet():
                 runner = build(self.cfg if scale == 1 else rescaled(self.cfg, scale, self.trunk.patch_size))
-                if scale == 1 or self.args.smaller:
-                    runner.load_checkpoint(self.args.checkpoint if scale == 1 else self.args.smaller)
+                if scale == 1:
+                    runner.load_checkpoint(self.args.checkpoint)
+                elif scale < 1 and self.args.smaller:
+                    runner.load_checkpoint(self.args.smaller)
                 else:
                     runner.model.load_state_dict(self.runner(1.0).model.state_dict(), assign=True)
             runner.model.eval().requires_grad_(False)
@@ -153,7 +162,7 @@ class Comparison:
         """The runner of a row, whose model merges as the row says."""
         runner = self.runner(row.scale)
         trunk = find_trunk(runner.model)
-        trunk.thresholds = self.calibrated(row.scorer)[row.keep] if row.scorer else {}
+        trunk.thresholds = self.calibrated(row.scale, row.scorer)[row.keep] if row.scorer else {}
         trunk.scorer = scorer_of(self.cfg) if row.scorer in (None, "random") else row.scorer
         trunk.merge = "random" if row.scorer == "random" else trunk_of(self.cfg).get("merge", "apt")
         return runner
@@ -163,13 +172,21 @@ class Comparison:
     @cached_property
     def rows(self) -> list[Row]:
         budgets = sorted({*self.args.keep}, reverse=True)
-        merging = [Row(1.0, scorer, keep) for scorer in self.scorers for keep in budgets]
-        return [*map(Row, self.scales([*budgets, BELOW * budgets[-1]])), *merging]
+        merging = [Row(scale, scorer, keep) for scale in self.merged for scorer in self.scorers for keep in budgets]
+        shares = [scale**2 * keep for scale in self.merged for keep in budgets]
+        return [*map(Row, self.scales([*shares, BELOW * min(shares)])), *merging]
+
+    @cached_property
+    def merged(self) -> list[float]:
+        """Scales of images that are merged, in whole patches."""
+        cells = self.side // self.trunk.patch_size
+        return sorted({max(1, round(scale * cells)) / cells for scale in self.args.scales})
 
     def scales(self, shares: Sequence[float]) -> list[float]:
-        """1, and scales at which images have about these shares of the tokens: of the nearest size and its neighbours,
-        for the last share only smaller ones, that at which some of the images fill whole patches best. At others their
-        edges would be padded more than those of the whole images. (Crops of images always are whole.)
+        """1, those of merged images, and scales at which images have about these shares of the tokens: of the nearest
+        size and its neighbours, for the last share only smaller ones, that at which some of the images fill whole
+        patches best. At others their edges would be padded more than those of the whole images. (Crops of images always
+        are whole.)
         """
         cells, patch_size = self.side // self.trunk.patch_size, self.trunk.patch_size
         images = [] if self.slides else tested_images(self.runner(1.0).test_dataloader.dataset, MEASURED)
@@ -179,10 +196,12 @@ class Comparison:
             pixels = [round(side * number / cells) for side in sides]
             return sum(-side % patch_size / side for side in pixels)
 
-        *others, last = (min(round(cells * math.sqrt(share)), cells - 2) for share in shares)
+        *others, last = (round(cells * math.sqrt(share)) for share in shares)
+        # Near the whole image smaller ones only, which are not itself.
+        others = [cells - 2 if cells - 2 < near <= cells else near for near in others]
         tried = [*((near, near - 1, near + 1) for near in others), (last, last - 1, last - 2)]
-        found = {min(numbers, key=padding) for numbers in tried}
-        return [1.0, *(number / cells for number in sorted(found, reverse=True) if number > 0)]
+        found = {min(numbers, key=padding) / cells for numbers in tried} | {*self.merged}
+        return [1.0, *(scale for scale in sorted(found, reverse=True) if scale > 0 and scale != 1)]
 
     @property
     def slides(self) -> bool:
@@ -200,22 +219,22 @@ class Comparison:
             raise ValueError(f"{self.args.config} resizes no test images, so that none can be smaller; add a Resize")
         return min(map(min, sizes))
 
-    def calibrated(self, scorer: str) -> dict[float, dict[int, float]]:
+    def calibrated(self, scale: float, scorer: str) -> dict[float, dict[int, float]]:
         """Thresholds of every budget."""
-        if scorer not in self._calibrated:
+        if (scale, scorer) not in self._calibrated:
             scored = scorer_of(self.cfg) if scorer == "random" else scorer
             inputs = {"scorer": fingerprint(scored) if Path(scored).is_file() else scored, "keep": self.args.keep}
-            title = f"thresholds of {Path(scorer).stem}"
-            found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scored))
+            title = f"thresholds of {Path(scorer).stem}{images_of(scale)}"
+            found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scale, scored))
             by_size = {keep: {int(size): value for size, value in of.items()} for keep, of in found.items()}
-            self._calibrated[scorer] = {float(keep): thresholds for keep, thresholds in by_size.items()}
-        return self._calibrated[scorer]
+            self._calibrated[scale, scorer] = {float(keep): thresholds for keep, thresholds in by_size.items()}
+        return self._calibrated[scale, scorer]
 
-    def _calibrate(self, scorer: str) -> dict[float, dict[int, float]]:
+    def _calibrate(self, scale: float, scorer: str) -> dict[float, dict[int, float]]:
         trunk, pixels_of = self.trunk, rgb_of
         if is_classifier(self.cfg):
             pixels_of = partial(undo_normalization, mean=trunk.pixel_mean, std=trunk.pixel_std)
-        dataset, sizes = self.runner(1.0).test_dataloader.dataset, tuple(self.thresholds)
+        dataset, sizes = self.runner(scale).test_dataloader.dataset, tuple(self.thresholds)
         maps = [score_maps_of(image, sizes, scorer) for image in tested_images(dataset, CALIBRATED_ON, pixels_of)]
         ratios = ratios_of(self.thresholds) if scorer == scorer_of(self.cfg) else [1.0] * len(sizes)
         return {keep: calibrate_thresholds(maps, trunk.patch_size, keep, ratios) for keep in self.args.keep}
@@ -231,7 +250,8 @@ class Comparison:
                 runner.hooks.remove(bar)
             return {"metrics": metrics, "samples": samples}
 
-        inputs = {"thresholds": self.calibrated(row.scorer)[row.keep] if row.scorer else None, "scale": row.scale}
+        thresholds = self.calibrated(row.scale, row.scorer)[row.keep] if row.scorer else None
+        inputs = {"thresholds": thresholds, "scale": row.scale}
         if row.scale < 1 and self.args.smaller:
             inputs["weights"] = fingerprint(self.args.smaller)
         return self.steps.run(_name(row.title), f"test: {row.title}", inputs, test)
@@ -246,7 +266,10 @@ class Comparison:
             with quiet():
                 return time_interleaved(runners, lambda title: self.set_up(rows[title]))
 
-        inputs = {"hardware": hardware(), "rows": rows, "thresholds": {s: self.calibrated(s) for s in self.scorers}}
+        thresholds = {
+            f"{s}{images_of(scale)}": self.calibrated(scale, s) for scale in self.merged for s in self.scorers
+        }
+        inputs = {"hardware": hardware(), "rows": rows, "thresholds": thresholds}
         return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
 
     def report(self, command: str) -> dict:
@@ -256,9 +279,8 @@ class Comparison:
             metrics = found["metrics"]
             if "tokens" not in metrics:  # a classifier that merges nothing is timm's own network
                 metrics |= {"tokens": round(row.scale * self.side / self.trunk.patch_size) ** 2, "content_kept": 1.0}
-            kept = metrics["content_kept"]
-            if row.scorer is None:  # of the whole image's tokens
-                kept *= metrics["tokens"] / tested[self.rows[0]]["metrics"]["tokens"]
+            of_scale, whole = (tested[Row(scale)]["metrics"]["tokens"] for scale in (row.scale, 1.0))
+            kept = metrics["content_kept"] * of_scale / whole
             line = {**row._asdict(), "title": row.title, "method": row.method, "metrics": metrics_of(metrics)}
             line |= {"tokens": metrics["tokens"], "content_kept": kept, "seconds": self.seconds[row.title]}
             lines.append(line | {"per_second": 1 / line["seconds"]})
@@ -272,7 +294,7 @@ class Comparison:
 
 
 def gains_of(number: int, title: str, lines: Sequence[dict], samples: Sequence[Sequence[dict]]) -> dict:
-    """What a line's metric is over smaller images of as many ``tokens`` and as much ``time``; None where no image is as
+    """What a line's metric is over dense images of as many ``tokens`` and as much ``time``; None where no image is as
     small. ``error`` is the standard deviation of the first over samples of the images; None without samples."""
     dense = [index for index, line in enumerate(lines) if line["method"] == "dense"]
 
@@ -289,7 +311,7 @@ def gains_of(number: int, title: str, lines: Sequence[dict], samples: Sequence[S
 
 def over(curve: Sequence[tuple[float, float]], cost: float, value: float) -> float | None:
     """A value over that of a curve of (cost, value) at the same cost: at a higher cost than the curve's, over its last
-    value, the whole image's; None at a lower one."""
+    value, the largest image's; None at a lower one."""
     at = np.interp(cost, *zip(*sorted(curve)), left=np.nan)
     return None if np.isnan(at) else float(value - at)
 
@@ -351,16 +373,21 @@ def draw(path: Path, report: dict) -> None:
     methods: dict[str, list[dict]] = {}
     for line in report["rows"]:
         methods.setdefault(line["method"], []).append(line)
+    merged = [line for line in report["rows"] if line["scorer"]]
+    scorers, scales = (list(dict.fromkeys(line[name] for line in merged)) for name in ("scorer", "scale"))
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     costs = (
-        ("content tokens kept, percent", lambda line: 100 * line["content_kept"]),
+        ("tokens of the content, percent of the whole image's", lambda line: 100 * line["content_kept"]),
         ("milliseconds per image", lambda line: 1000 * line["seconds"]),
     )
     for panel, (label, cost) in zip(panels, costs):
         for method, lines in methods.items():
             points = sorted((cost(line), line["metrics"][first]) for line in lines)
-            style = dict(color="black", linestyle="--") if method == "dense" else {}
-            panel.plot(*zip(*points), marker="o", label=method.replace("dense", "smaller images"), **style)
+            style = dict(color="black", linestyle="--", marker="o", label="dense, other sizes")
+            if method != "dense":
+                color, marker = scorers.index(lines[0]["scorer"]), scales.index(lines[0]["scale"])
+                style = dict(color=f"C{color}", marker="os^Dv"[marker % 5], label=method)
+            panel.plot(*zip(*points), **style)
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
     panels[0].set(ylabel=first)
@@ -381,6 +408,7 @@ def main(argv: list[str] | None = None) -> dict:
         metavar="NAME|FILE",
         help=f"{', '.join(SCORERS)}, files of learned scorers, or random (default: the configuration's)",
     )
+    add("--scales", type=float, nargs="+", default=[1.0], help="of images that are merged, 1: the configuration's (1)")
     add("--smaller", metavar="CHECKPOINT", help="weights for smaller images (default: the same)")
     add("--work-dir", type=Path, help="for finished tests (work_dirs/equal_tokens/CONFIG)")
     add("--out", type=Path, metavar="JSON", help="the results; the chart is beside it (WORK_DIR/equal_tokens.json)")
