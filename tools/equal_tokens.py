@@ -375,9 +375,13 @@ def draw(path: Path, report: dict) -> None:
         methods.setdefault(line["method"], []).append(line)
     merged = [line for line in report["rows"] if line["scorer"]]
     scorers, scales = (list(dict.fromkeys(line[name] for line in merged)) for name in ("scorer", "scale"))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    legend_lines = math.ceil(len(methods) / 3)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.3 + 0.25 * legend_lines), sharey=True, layout="constrained")
     costs = (
-        ("tokens of the content, percent of the whole image's", lambda line: 100 * line["content_kept"]),
+        (
+            "tokens of the content, percent of those of the configuration's image",
+            lambda line: 100 * line["content_kept"],
+        ),
         ("milliseconds per image", lambda line: 1000 * line["seconds"]),
     )
     for panel, (label, cost) in zip(panels, costs):
@@ -391,7 +395,7 @@ def draw(path: Path, report: dict) -> None:
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
     panels[0].set(ylabel=first)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(Path(report["config"]).stem)
     figure.savefig(path, dpi=130)
 
