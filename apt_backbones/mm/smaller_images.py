@@ -1,7 +1,4 @@
-"""What merging competes with: a network that learned, without labels, to read smaller images.
-
-Legend: B images, C channels.
-"""
+"""What merging competes with: a network that learned, without labels, to read smaller images."""
 
 import random
 from collections.abc import Callable, Sequence
