@@ -155,10 +155,11 @@ def _of_own_test(label: str, file: str, metric: str, tuned: str | None) -> list[
     """A row of ``headline``."""
     dense, best, entropy = _near_two_thirds(file)
     of, gain = best["metrics"][metric], best["gains"][metric]
-    quality = [f"{dense['metrics'][metric]:.1f}", f"{of - gain['tokens']:.1f}"]
-    over_tuned = tuned and _near_two_thirds(tuned)[1]["gains"][metric]["tokens"]
-    quality.append(f"{gain['tokens'] - over_tuned:+.1f}" if tuned else "")
-    quality.append(f"{entropy['gains'][metric]['tokens']:+.1f}")
+    lora = ""
+    if tuned:
+        lora = f"{gain['tokens'] - _near_two_thirds(tuned)[1]['gains'][metric]['tokens']:+.1f}"
+    smaller, of_entropy = of - gain["tokens"], entropy["gains"][metric]["tokens"]
+    quality = [f"{dense['metrics'][metric]:.1f}", f"{smaller:.1f}", lora, f"{of_entropy:+.1f}"]
     return [label, f"{best['content_kept']:.0%}", *quality, _bold(gain["tokens"], gain["error"])]
 
 

@@ -33,6 +33,20 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None
         time.sleep(0.02)
 
 
+def interrupt(monkeypatch, model: type, call: int) -> list:
+    """Have the forward of a class interrupt the run once, at this call. Returns a list that grows with every call."""
+    forward, calls = model.forward, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", stop)
+    return calls
+
+
 def run_script(monkeypatch, script: str | Path, *arguments) -> None:
     """Run a script, named relative to the repository's root, as a program in this process."""
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])

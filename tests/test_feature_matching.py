@@ -11,7 +11,7 @@ from apt_backbones.distill import ViewSettings
 from apt_backbones.freeze import is_new
 from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features
 from apt_backbones.new_layers import load_new_layers, save_new_layers
-from tests.scripts import run_script
+from tests.scripts import interrupt, run_script
 
 
 @pytest.fixture
@@ -64,15 +64,7 @@ def test_the_distance_falls_and_only_new_layers_change(layers, paths, tmp_path):
 def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):
     whole = network()
     curve = run(whole, paths, tmp_path / "whole")
-    forward, calls = FeatureMatching.forward, []
-
-    def stop(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == 31:
-            raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(FeatureMatching, "forward", stop)
+    calls = interrupt(monkeypatch, FeatureMatching, 31)
     with pytest.raises(KeyboardInterrupt):
         run(network(), paths, tmp_path / "parts")
     calls.clear()
@@ -167,3 +159,16 @@ def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch)
         run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *images, *short, *maps)
     with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
         run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")
+
+
+def test_other_weights_in_the_same_file_are_trained_anew(paths, tmp_path, monkeypatch):
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "new.safetensors"
+    files = ["--images", tmp_path, "--weights", weights, "--out", out]
+    short = ["--keep", 0.6, "--iterations", 2, "--batch", 1, "--view", 32, "--rate", 0.1, "--device", "cpu"]
+    layers = []
+    for _ in range(2):
+        save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), weights)
+        run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *files, *short)
+        layers.append(load_file(out))
+    first, second = layers
+    assert any(not torch.equal(first[name], second[name]) for name in first)

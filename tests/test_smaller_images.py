@@ -5,14 +5,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from apt_backbones import adapt
 from apt_backbones.distill import ViewSettings
 from apt_backbones.images import read_rgb, to_tensor
 from apt_backbones.mm.smaller_images import SmallerImages, finetune_for_smaller_images
-from tests.scripts import data_options, run_script
+from tests.scripts import data_options, interrupt, run_script
 
 SEG = "seg_configs/eva02_tiny_{}_photoshapes.py"
 WEIGHTS = "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
@@ -89,15 +89,7 @@ def test_until_it_has_learned_it_is_the_network_itself():
 
 def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):
     whole, curve = tuned(paths, tmp_path / "whole")
-    forward, calls = SmallerImages.forward, []
-
-    def stop(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == 31:
-            raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(SmallerImages, "forward", stop)
+    calls = interrupt(monkeypatch, SmallerImages, 31)
     with pytest.raises(KeyboardInterrupt):
         tuned(paths, tmp_path / "parts")
     calls.clear()
@@ -123,6 +115,20 @@ def test_the_tool_writes_weights_that_equal_tokens_takes_for_smaller_images(phot
     compared = ["--smaller", out, "--keep", 0.5, "--scorer", "laplacian", "--work-dir", tmp_path / "run", *options]
     run_script(monkeypatch, "tools/equal_tokens.py", SEG.format("apt"), WEIGHTS, *compared)
     assert "of as many tokens" in capsys.readouterr().out
+
+
+def test_other_weights_in_the_same_file_are_trained_anew(photoshapes, tmp_path, monkeypatch):
+    """And no checkpoint of an earlier run takes their place."""
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "smaller.safetensors"
+    arguments = [SEG.format("apt"), "--weights", weights, "--images", photoshapes / "images/training", "--out", out]
+    arguments += ["--iterations", 2, "--batch", 1, "--view", 80, "--device", "cpu"]
+    name = "backbone.blocks.0.norm1.weight"
+    for scale in (1, 2):
+        tensors = load_file(WEIGHTS)
+        tensors[name] *= scale
+        save_file(tensors, weights)
+        run_script(monkeypatch, "tools/finetune_smaller.py", *arguments)
+        assert torch.equal(load_file(out)[name], tensors[name])
 
 
 def test_what_cannot_learn_it_is_refused(photoshapes, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # What OpenCV decodes at most, as PIL does (a few bytes can claim to be a gigapixel); read when cv2 is imported.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
@@ -22,6 +22,12 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}")
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Raise ValueError if ``--keep`` names what is no share of the tokens."""
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
 
 
 def run(main: Callable[[], object]) -> None:

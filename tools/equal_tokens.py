@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from mmengine.runner import Runner
 
-from tools.cli import parser_of
+from tools.cli import check_shares, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.files import write_atomically
 from apt_backbones.scores import SCORERS, check_scorer
@@ -85,14 +85,14 @@ class Row(NamedTuple):
         """What it has in common with other budgets, and dense images with those of other sizes."""
         if self.scorer is None:
             return "dense"
-        return ("random" if self.scorer == "random" else f"merging, {Path(self.scorer).stem}") + images_of(self.scale)
+        return ("random" if self.scorer == "random" else f"merging, {Path(self.scorer).stem}") + size_of(self.scale)
 
     @property
     def title(self) -> str:
-        return f"dense{images_of(self.scale)}" if self.scorer is None else f"{self.method}, {100 * self.keep:g}%"
+        return f"dense{size_of(self.scale)}" if self.scorer is None else f"{self.method}, {100 * self.keep:g}%"
 
 
-def images_of(scale: float) -> str:
+def size_of(scale: float) -> str:
     """What titles add for a scale."""
     return "" if scale == 1 else f", images of {100 * scale:.3g}%"
 
@@ -117,8 +117,7 @@ class Comparison:
             raise ValueError(f"{args.config} tests at several scales; name the configuration of one scale")
         if not trunk_of(self.cfg).get("thresholds"):
             raise ValueError(f"{args.config} has no thresholds: its model is dense; name an adaptive configuration")
-        if not all(0 < keep < 1 for keep in args.keep):
-            raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
+        check_shares(args.keep)
         if min(args.scales) <= 0:
             raise ValueError("--scales takes positive numbers, such as 1 1.25")
         self.work_dir = Path(args.work_dir or Path("work_dirs", "equal_tokens", Path(args.config).stem))
@@ -224,7 +223,7 @@ class Comparison:
         if (scale, scorer) not in self._calibrated:
             scored = scorer_of(self.cfg) if scorer == "random" else scorer
             inputs = {"scorer": fingerprint(scored) if Path(scored).is_file() else scored, "keep": self.args.keep}
-            title = f"thresholds of {Path(scorer).stem}{images_of(scale)}"
+            title = f"thresholds of {Path(scorer).stem}{size_of(scale)}"
             found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scale, scored))
             by_size = {keep: {int(size): value for size, value in of.items()} for keep, of in found.items()}
             self._calibrated[scale, scorer] = {float(keep): thresholds for keep, thresholds in by_size.items()}
@@ -266,9 +265,7 @@ class Comparison:
             with quiet():
                 return time_interleaved(runners, lambda title: self.set_up(rows[title]))
 
-        thresholds = {
-            f"{s}{images_of(scale)}": self.calibrated(scale, s) for scale in self.merged for s in self.scorers
-        }
+        thresholds = {f"{s}{size_of(scale)}": self.calibrated(scale, s) for scale in self.merged for s in self.scorers}
         inputs = {"hardware": hardware(), "rows": rows, "thresholds": thresholds}
         return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
 

@@ -49,6 +49,12 @@ def plot(path: Path, curve: list[float], what: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def ends_of(curve: list[float]) -> tuple[float, float]:
+    """The means of its first and its last tenth."""
+    tenth = max(1, len(curve) // 10)
+    return sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     add_model_arguments(parser, "the new layers go")
@@ -102,7 +108,7 @@ def main() -> None:
     views = frozen.views(args.view, read_rgb(paths[0]), trunk.patch_size, seed=args.seed)
     key = [
         args.model,
-        args.weights,
+        args.weights and steps.fingerprint(args.weights),
         args.scorer,
         trunk.thresholds,
         train,
@@ -131,8 +137,7 @@ def main() -> None:
     save_new_layers(frozen.model, args.out)
     if args.plot:
         plot(args.plot, curve["distance"], loss)
-    tenth = max(1, len(curve["distance"]) // 10)
-    first, last = (sum(part) / len(part) for part in (curve["distance"][:tenth], curve["distance"][-tenth:]))
+    first, last = ends_of(curve["distance"])
     kept = sum(curve["kept"]) / len(curve["kept"])
     print(f"{args.out}: distance to the dense model {first:.4f} -> {last:.4f}, {kept:.1%} of the tokens kept")
 

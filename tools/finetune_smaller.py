@@ -17,12 +17,12 @@ import math
 import torch
 from torch import Tensor
 
-from tools.cli import check_at_least, parser_of
+from tools.cli import check_at_least, check_shares, parser_of
 from apt_backbones.distill import save_tensors
 from apt_backbones.images import read_rgb
 from tools import steps
 from tools.equal_tokens import BELOW, KEEP
-from tools.finetune_features import plot
+from tools.finetune_features import ends_of, plot
 from tools.frozen_model import add_model_arguments, frozen_model, images_of
 
 ZOOM = (0.9, 1.25)  # of images in the views of training
@@ -40,10 +40,9 @@ def main() -> None:
     add("--rate", type=float, default=1e-4, help="highest learning rate (default: 0.0001)")
     args = parser.parse_args()
     check_at_least(args, iterations=2, batch=1, rank=1)
+    check_shares(args.keep)
     from apt_backbones.mm.smaller_images import finetune_for_smaller_images
 
-    if not all(0 < keep < 1 for keep in args.keep):
-        raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
     torch.manual_seed(args.seed)
     frozen = frozen_model(args.model, args.weights, None)
     if frozen.head is None:
@@ -62,7 +61,7 @@ def main() -> None:
     def outputs(pixels: Tensor) -> Tensor:
         return frozen.head(frozen.normalized(pixels))
 
-    key = [args.model, args.weights, sizes, views, args.rank, args.iterations, args.batch, args.rate]
+    key = [args.model, steps.fingerprint(args.weights), sizes, views, args.rank, args.iterations, args.batch, args.rate]
     curve = finetune_for_smaller_images(
         frozen.model,
         outputs,
@@ -81,8 +80,7 @@ def main() -> None:
     save_tensors(args.out, frozen.model.state_dict())
     if args.plot:
         plot(args.plot, curve, "probabilities")
-    tenth = max(1, len(curve) // 10)
-    first, last = (sum(part) / tenth for part in (curve[:tenth], curve[-tenth:]))
+    first, last = ends_of(curve)
     print(f"{args.out}: distance to what the model says of whole images {first:.4f} -> {last:.4f}")
 
 
