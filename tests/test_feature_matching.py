@@ -1,5 +1,7 @@
 """A fine-tune without labels: the new layers, and only they, learn what merging costs."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from apt_backbones.freeze import is_new
 from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from tests.scripts import interrupt, run_script
+from tools.frozen_model import model_key
 
 
 @pytest.fixture
@@ -172,3 +175,18 @@ def test_other_weights_in_the_same_file_are_trained_anew(paths, tmp_path, monkey
         layers.append(load_file(out))
     first, second = layers
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_is_known_by_what_its_files_hold(tmp_path):
+    config, weights = tmp_path / "config.py", tmp_path / "weights.safetensors"
+
+    def key(model, scale, value):
+        config.write_text(f"model = dict(type='x', scale={scale})\n")
+        save_file({"x": torch.full((1,), value)}, weights)
+        return model_key(argparse.Namespace(model=str(model), weights=str(weights)))
+
+    first = key(config, 1, 0.5)
+    assert key(config, 1, 0.5) == first
+    assert key(config, 2, 0.5) != first, "another configuration of the same name"
+    assert key(config, 1, 0.6) != first, "other weights of the same name"
+    assert key("vit_tiny_patch16_224", 1, 0.5)[0] == "vit_tiny_patch16_224"

@@ -31,7 +31,7 @@ from apt_backbones.distill import WIDTH, Epoch, ViewSettings, cut_view, make_vie
 from apt_backbones.images import read_rgb
 from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses
 from tools import steps
-from tools.frozen_model import Frozen, add_model_arguments, add_target_arguments, frozen_model, images_of
+from tools.frozen_model import Frozen, add_model_arguments, add_target_arguments, frozen_model, images_of, model_key
 
 FITTED_ON = 64  # views whose features are clustered
 
@@ -114,7 +114,7 @@ def main() -> None:
         "view": views.size,
     }
     listed = [[str(path) for path in part] for part in (paths, held_out)]
-    key = steps.digest([origin, views, args.resize, sizes, listed, WIDTH])
+    key = steps.digest([model_key(args), origin, views, args.resize, sizes, listed, WIDTH])
     folder = (args.work_dir or args.out.parent / f".{args.out.stem}_distilling") / key
     frozen.model.to(args.device)
     losses = losses_of(frozen, target, views, paths, args.prototypes)

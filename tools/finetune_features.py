@@ -25,7 +25,7 @@ from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.images import evenly, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
-from tools.frozen_model import add_model_arguments, add_target_arguments, frozen_model, images_of
+from tools.frozen_model import add_model_arguments, add_target_arguments, frozen_model, images_of, model_key
 
 CALIBRATED_ON = 200
 LAYERS = ("embedding", "adapters", "maps")
@@ -107,9 +107,8 @@ def main() -> None:
 
     views = frozen.views(args.view, read_rgb(paths[0]), trunk.patch_size, seed=args.seed)
     key = [
-        args.model,
-        args.weights and steps.fingerprint(args.weights),
-        args.scorer,
+        model_key(args),
+        steps.fingerprint(trunk.scorer) if Path(trunk.scorer).is_file() else trunk.scorer,
         trunk.thresholds,
         train,
         args.rank,

@@ -23,7 +23,7 @@ from apt_backbones.images import read_rgb
 from tools import steps
 from tools.equal_tokens import BELOW, KEEP
 from tools.finetune_features import ends_of, plot
-from tools.frozen_model import add_model_arguments, frozen_model, images_of
+from tools.frozen_model import add_model_arguments, frozen_model, images_of, model_key
 
 ZOOM = (0.9, 1.25)  # of images in the views of training
 
@@ -61,7 +61,7 @@ def main() -> None:
     def outputs(pixels: Tensor) -> Tensor:
         return frozen.head(frozen.normalized(pixels))
 
-    key = [args.model, steps.fingerprint(args.weights), sizes, views, args.rank, args.iterations, args.batch, args.rate]
+    key = [model_key(args), sizes, views, args.rank, args.iterations, args.batch, args.rate]
     curve = finetune_for_smaller_images(
         frozen.model,
         outputs,

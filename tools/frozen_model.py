@@ -18,6 +18,7 @@ from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.machine import add_device_argument
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
+from tools.steps import digest, fingerprint
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -71,6 +72,16 @@ def images_of(args: argparse.Namespace) -> list[Path]:
     from tools.mm_config import training_images
 
     return training_images(args.model)
+
+
+def model_key(args: argparse.Namespace) -> list[str | None]:
+    """What stands for the model that the flags name: the content of its configuration and of its weights."""
+    model = args.model
+    if Path(model).suffix == ".py":
+        from tools.mm_config import read_config
+
+        model = digest(read_config(model).to_dict())
+    return [model, args.weights and fingerprint(args.weights)]
 
 
 class Frozen(NamedTuple):
