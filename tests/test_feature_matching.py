@@ -160,6 +160,8 @@ def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="pooled features do not depend on how maps are filled"):
         maps = ["--train", "maps", "--target", "pooled"]
         run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *images, *short, *maps)
+    with pytest.raises(SystemExit, match="20 x 20 pixels, which hold no patch of 32; give larger --images"):
+        run_script(monkeypatch, "tools/distill_scorer.py", "vit_tiny_patch16_224", *images, "--resize", 20)
     with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
         run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")
 

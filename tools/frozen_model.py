@@ -127,11 +127,17 @@ class Frozen(NamedTuple):
         Classifiers see no padding, so their views are filled.
 
         Raises:
-            ValueError: more than two sides are asked for.
+            ValueError: more than two sides are asked for, or the image holds no unit.
         """
         if asked and len(asked) > 2:
             raise ValueError("--view takes one side, or height and width")
-        sides = asked or [min(side, LARGEST_VIEW) for side in self.settings.prepare(image).size[::-1]]
+        seen = self.settings.prepare(image).size[::-1]
+        if not asked and min(seen) < unit:
+            raise ValueError(
+                f"the model sees the first image as {seen[0]} x {seen[1]} pixels, which hold no patch of {unit}; give "
+                "larger --images"
+            )
+        sides = asked or [min(side, LARGEST_VIEW) for side in seen]
         height, width = (max(2, side // unit) * unit for side in (*sides, *sides)[:2])
         scales = {"scales": (1.0, 1.4)} if self.is_classifier else {}
         return ViewSettings((height, width), **scales, **options)
