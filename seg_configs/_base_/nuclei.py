@@ -42,10 +42,13 @@ val_evaluator = test_evaluator = [
     dict(type="IoUMetric", iou_metrics=["mIoU"]),
     dict(type="BoundaryIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
 ]
-# The paper's threshold for segmentation, in bits of entropy; and what measurements favour instead
+# The paper's threshold for segmentation, in bits of entropy, for both sizes; and what measurements favour instead
 # (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
-adaptive = dict(thresholds={28: 5.75})
+adaptive = dict(thresholds={28: 5.75, 56: 5.75})
 learned = dict(
-    scorer="checkpoints/nuclei_scorer.safetensors", thresholds={28: 0.01}, merge="resizing", map_fill="interpolate"
+    scorer="checkpoints/nuclei_scorer.safetensors",
+    thresholds={28: 0.01, 56: 0.01},
+    merge="resizing",
+    map_fill="interpolate",
 )
 del loader, tested, training, validation, test, load_mask
