@@ -105,16 +105,17 @@ def main() -> None:
     held_out, paths = paths[: max(1, len(paths) // 10)], paths[max(1, len(paths) // 10) :]
     sizes = tuple(frozen.settings.thresholds)
     views = frozen.views(args.view, read_rgb(paths[0]), max(sizes), copies=args.copies, seed=args.seed)
+    model, weights = model_key(args)
     origin = {
         "model": args.model,
-        "weights": steps.fingerprint(args.weights) if args.weights else "its own",
+        "weights": weights or "its own",
         "target": target,
         **({"prototypes": args.prototypes} if target == "features" else {}),
         "images": len(paths),
         "view": views.size,
     }
     listed = [[str(path) for path in part] for part in (paths, held_out)]
-    key = steps.digest([model_key(args), origin, views, args.resize, sizes, listed, WIDTH])
+    key = steps.digest([model, origin, views, args.resize, sizes, listed, WIDTH])
     folder = (args.work_dir or args.out.parent / f".{args.out.stem}_distilling") / key
     frozen.model.to(args.device)
     losses = losses_of(frozen, target, views, paths, args.prototypes)
