@@ -57,7 +57,7 @@ from tools.mm_runs import (
     trunk_of,
 )
 from tools.results import markdown
-from tools.steps import Steps, digest, fingerprint, run
+from tools.steps import Steps, digest, fingerprint, run, scorer_key
 
 KEEP = (0.5, 0.6, 0.7, 0.8, 0.9)
 BELOW = 0.85  # of the smallest budget: the smallest image, so that no method is beyond the curve
@@ -222,7 +222,7 @@ class Comparison:
         """Thresholds of every budget."""
         if (scale, scorer) not in self._calibrated:
             scored = scorer_of(self.cfg) if scorer == "random" else scorer
-            inputs = {"scorer": fingerprint(scored) if Path(scored).is_file() else scored, "keep": self.args.keep}
+            inputs = {"scorer": scorer_key(scored), "keep": self.args.keep}
             title = f"thresholds of {Path(scorer).stem}{size_of(scale)}"
             found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scale, scored))
             by_size = {keep: {int(size): value for size, value in of.items()} for keep, of in found.items()}

@@ -108,7 +108,7 @@ def main() -> None:
     views = frozen.views(args.view, read_rgb(paths[0]), trunk.patch_size, seed=args.seed)
     key = [
         model_key(args),
-        steps.fingerprint(trunk.scorer) if Path(trunk.scorer).is_file() else trunk.scorer,
+        steps.scorer_key(trunk.scorer),
         trunk.thresholds,
         train,
         args.rank,

@@ -89,6 +89,11 @@ def fingerprint(*paths: str | Path, pattern: str = "*") -> str:
     return known.hexdigest()[:10]
 
 
+def scorer_key(scorer: str) -> str:
+    """What stands for a scorer: its name, or the content of its file."""
+    return fingerprint(scorer) if Path(scorer).is_file() else scorer
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a tool that keeps finished steps, as ``cli.run`` does; SIGTERM interrupts it as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
