@@ -15,8 +15,6 @@ written:
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +23,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 
 from tools.cli import parser_of, run
-
-SHARES = {"training": 0.6, "validation": 0.2, "test": 0.2}
+from examples.new_folder import new_folder, splits_of
 
 
 def make_nuclei(source: Path, destination: Path) -> dict[str, dict]:
@@ -43,21 +40,15 @@ def make_nuclei(source: Path, destination: Path) -> dict[str, dict]:
     folders = sorted(images.parent for images in source.glob("*/images"))
     if not folders:
         raise FileNotFoundError(f"no NAME/images/NAME.png in {source}; name the folder stage1_train")
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise FileExistsError(f"{destination} already exists; remove it or name another folder")
-    ends = np.cumsum([0.0, *SHARES.values()]) * len(folders)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     made = {}
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
-        whole = Path(scratch) / "nuclei"
-        for split, first, last in zip(SHARES, ends.round().astype(int), ends[1:].round().astype(int)):
+    with new_folder(destination) as whole:
+        for split, of_split in splits_of(folders).items():
             for kind in ("images", "annotations"):
                 (whole / kind / split).mkdir(parents=True)
             made[split] = coco = {"categories": [{"id": 1, "name": "nucleus"}], "images": [], "annotations": []}
-            for folder in track(folders[first:last], description=split):
+            for folder in track(of_split, description=split):
                 add_image(folder, whole, split, coco)
             (whole / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
-        os.replace(whole, destination)
     return made
 
 

@@ -20,11 +20,9 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -40,6 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tools.cli import parser_of, run
+from examples.new_folder import new_folder
 
 SPLITS = ("training", "validation")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -401,18 +400,6 @@ def follow(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def remove_abandoned(destination):
-    """Remove what runs for the same folder left that were killed."""
-    for folder in destination.parent.glob(f".{destination.name}-*"):
-        process = folder.name.removeprefix(f".{destination.name}-").partition("-")[0]
-        try:
-            os.kill(int(process), 0)
-        except ValueError:
-            continue  # not ours
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN_DIAMETER, seed=0, workers=1):
     """Write the data set into a new folder; the same arguments give the same bytes, whatever ``workers`` is.
 
@@ -439,17 +426,10 @@ def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN
     if not 0 < min_diameter <= 0.3:
         raise ValueError(f"min_diameter is {min_diameter}; it must be above 0 and at most 0.3")
     destination = Path(destination)
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise FileExistsError(f"{destination} already exists; remove it or name another folder")
-    for name in PHOTOS:
-        photo_half(name, "training")
-
     made = {}
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(destination)
-    prefix = f".{destination.name}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
-        folder = Path(scratch) / "photoshapes"
+    with new_folder(destination) as folder:
+        for name in PHOTOS:
+            photo_half(name, "training")
         for split, count in zip(SPLITS, (train, val)):
             for kind in ("images", "annotations"):
                 (folder / kind / split).mkdir(parents=True)
@@ -467,7 +447,6 @@ def make_photoshapes(destination, train=600, val=120, size=512, min_diameter=MIN
             (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
             (folder / f"vqa_{split}.json").write_text(json.dumps(questions, indent=1))
             made[split] = coco, questions
-        os.replace(folder, destination)
     return made
 
 

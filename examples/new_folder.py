@@ -1,0 +1,53 @@
+"""What the programs that make data sets share."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+SHARES = {"training": 0.6, "validation": 0.2, "test": 0.2}
+
+
+def splits_of(items: Sequence[Item]) -> dict[str, Sequence[Item]]:
+    """Items in their order, 60 % for training, 20 % for validation and 20 % for the test."""
+    splits, first, share = {}, 0, 0.0
+    for name, more in SHARES.items():
+        share += more
+        last = round(share * len(items))
+        splits[name], first = items[first:last], last
+    return splits
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write into. It becomes the destination when all is written; an error leaves nothing.
+
+    Raises:
+        FileExistsError: the destination holds something.
+    """
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise FileExistsError(f"{destination} already exists; remove it or name another folder")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(destination)
+    prefix = f".{destination.name}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+        yield folder
+        os.replace(folder, destination)
+
+
+def remove_abandoned(destination: Path) -> None:
+    """Remove what runs for the same folder left that were killed."""
+    for folder in destination.parent.glob(f".{destination.name}-*"):
+        process = folder.name.removeprefix(f".{destination.name}-").partition("-")[0]
+        try:
+            os.kill(int(process), 0)
+        except ValueError:
+            continue  # not ours
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
