@@ -255,6 +255,17 @@ def test_a_run_that_is_started_again_repeats_nothing_and_its_results_compare(run
     assert Image.open(f"{folder}/equal_tokens.png").width > 500
 
 
+def test_a_scorer_that_was_distilled_again_repeats_its_own_lines_only(run, tmp_path, monkeypatch):
+    folder, repeated, set_up = tmp_path / "run", [], equal_tokens.Comparison.set_up
+    shutil.copytree(run[0][run[0].index("--work-dir") + 1], folder)
+    monkeypatch.setattr(equal_tokens, "scorer_key", lambda scorer: f"new {scorer}" if scorer == SCORER else scorer)
+    monkeypatch.setattr(equal_tokens.Comparison, "set_up", lambda self, row: repeated.append(row) or set_up(self, row))
+    report = equal_tokens.main([*run[0], "--work-dir", str(folder)])
+    assert [(row.scorer, row.keep) for row in repeated] == [(SCORER, 0.5)]
+    title = "merging, eva02_tiny_scorer_photoshapes, 50%"
+    assert line_of(report, title)["metrics"] == line_of(run[1], title)["metrics"]
+
+
 def test_detectors_and_classifiers(photoshapes, tmp_path):
     """Their images become smaller, too: of 192 x 144 pixels, padded to squares, 160 x 120; of 224, 160."""
     import timm

@@ -121,11 +121,11 @@ class Comparison:
         if min(args.scales) <= 0:
             raise ValueError("--scales takes positive numbers, such as 1 1.25")
         self.work_dir = Path(args.work_dir or Path("work_dirs", "equal_tokens", Path(args.config).stem))
+        new_layers = trunk_of(self.cfg).get("new_layers")
+        files = {name: fingerprint(name) for name in (args.checkpoint, new_layers) if name}
+        tested = {**self.cfg.to_dict(), "work_dir": None}  # a folder that is moved keeps what is finished
+        self.steps = Steps(self.work_dir / "steps", {"config": digest(tested), "files": files})
         self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
-        named = [trunk_of(self.cfg).get(name) or "" for name in ("scorer", "new_layers")]
-        files = {name: fingerprint(name) for name in (args.checkpoint, *named) if Path(name).is_file()}
-        inputs = {"config": digest(self.cfg.to_dict()), "files": files}
-        self.steps = Steps(self.work_dir / "steps", inputs)
         self._runners: dict[float, Runner] = {}
         self._calibrated: dict[tuple[float, str], dict[float, dict[int, float]]] = {}
         self.thresholds = dict(self.trunk.thresholds)
@@ -162,9 +162,13 @@ class Comparison:
         runner = self.runner(row.scale)
         trunk = find_trunk(runner.model)
         trunk.thresholds = self.calibrated(row.scale, row.scorer)[row.keep] if row.scorer else {}
-        trunk.scorer = scorer_of(self.cfg) if row.scorer in (None, "random") else row.scorer
+        trunk.scorer = self.scored_by(row.scorer)
         trunk.merge = "random" if row.scorer == "random" else trunk_of(self.cfg).get("merge", "apt")
         return runner
+
+    def scored_by(self, scorer: str | None) -> str:
+        """The scorer of a row: the configuration's where the row has none of its own."""
+        return scorer_of(self.cfg) if scorer in (None, "random") else scorer
 
     # ------------------------------------------------------------------------------------------- steps
 
@@ -221,7 +225,7 @@ class Comparison:
     def calibrated(self, scale: float, scorer: str) -> dict[float, dict[int, float]]:
         """Thresholds of every budget."""
         if (scale, scorer) not in self._calibrated:
-            scored = scorer_of(self.cfg) if scorer == "random" else scorer
+            scored = self.scored_by(scorer)
             inputs = {"scorer": scorer_key(scored), "keep": self.args.keep}
             title = f"thresholds of {Path(scorer).stem}{size_of(scale)}"
             found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scale, scored))
@@ -251,6 +255,8 @@ class Comparison:
 
         thresholds = self.calibrated(row.scale, row.scorer)[row.keep] if row.scorer else None
         inputs = {"thresholds": thresholds, "scale": row.scale}
+        if row.scorer:
+            inputs["scorer"] = scorer_key(self.scored_by(row.scorer))
         if row.scale < 1 and self.args.smaller:
             inputs["weights"] = fingerprint(self.args.smaller)
         return self.steps.run(_name(row.title), f"test: {row.title}", inputs, test)
