@@ -30,7 +30,7 @@ DOCUMENTS = (
     "seg_configs/README.md",
     "llava_apt/README.md",
     "cls_configs/README.md",
-    "docs/learned_scorer.md",
+    "docs/equal_tokens.md",
 )
 METRICS = ("mIoU", "mAP", "person", "any class", "any class, small")
 FILLS = {"repeat": "network's maps", "interpolate": "interpolated", "learned": "learned", "dense": "dense maps"}

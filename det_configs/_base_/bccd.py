@@ -51,7 +51,7 @@ test_dataloader = dict(
 )
 val_evaluator = test_evaluator = dict(type="CocoMetric", metric="bbox")
 # The paper's threshold for detection, in bits of entropy; and what measurements favour instead
-# (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
+# (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
 adaptive = dict(thresholds={28: 2.0})
 learned = dict(
     scorer="checkpoints/bccd_scorer.safetensors", thresholds={28: 0.002}, merge="resizing", map_fill="interpolate"

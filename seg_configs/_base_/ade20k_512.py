@@ -51,7 +51,7 @@ test_evaluator = val_evaluator
 # budget on your images.
 adaptive = dict(thresholds={32: 5.75})
 adaptive_14 = dict(thresholds={28: 5.75})
-# What measurements favour instead (docs/learned_scorer.md): patches chosen by a scorer that tools/distill_scorer.py
+# What measurements favour instead (docs/equal_tokens.md): patches chosen by a scorer that tools/distill_scorer.py
 # makes from the dense model and your images, and interpolated maps; nothing is trained with labels. The threshold, in
 # the scorer's nats, is that which keeps 75 % of CamVid's tokens without a loss; tools/calibrate.py finds yours.
 recommended = dict(scorer="checkpoints/scorer.safetensors", merge="resizing", map_fill="interpolate")

@@ -42,7 +42,7 @@ test_dataloader = dict(
 )
 val_evaluator = test_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 # The paper's threshold for segmentation, in bits of entropy; and what measurements favour instead
-# (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
+# (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
 adaptive = dict(thresholds={28: 5.75})
 learned = dict(
     scorer="checkpoints/camvid_scorer.safetensors", thresholds={28: 0.02}, merge="resizing", map_fill="interpolate"

@@ -43,7 +43,7 @@ val_evaluator = test_evaluator = [
     dict(type="BoundaryIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
 ]
 # The paper's threshold for segmentation, in bits of entropy, for both sizes; and what measurements favour instead
-# (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
+# (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
 adaptive = dict(thresholds={28: 5.75, 56: 5.75})
 learned = dict(
     scorer="checkpoints/nuclei_scorer.safetensors",
