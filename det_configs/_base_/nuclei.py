@@ -10,7 +10,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
     # Smaller and larger than the test's, so that the heads suit every size that tools/equal_tokens.py compares.
-    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 1.2), **resized),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 1.5), **resized),
     dict(type="RandomCrop", crop_size=size),
     dict(type="RandomFlip", prob=[0.3, 0.3], direction=["horizontal", "vertical"]),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(4, 4)),
@@ -42,12 +42,12 @@ val_evaluator, test_evaluator = (
     dict(type="CocoMetric", metric="bbox", ann_file=f"{data_root}/{dataset['ann_file']}")
     for dataset in (validation, test)
 )
-# The paper's threshold for detection, in bits of entropy; and what measurements favour instead
-# (docs/learned_scorer.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
-adaptive = dict(thresholds={28: 2.0})
+# The paper's threshold for detection, in bits of entropy, for both sizes; and what measurements favour instead
+# (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
+adaptive = dict(thresholds={28: 2.0, 56: 2.0})
 learned = dict(
     scorer="checkpoints/nuclei_boxes_scorer.safetensors",
-    thresholds={28: 0.002},
+    thresholds={28: 0.002, 56: 0.002},
     merge="resizing",
     map_fill="interpolate",
 )
