@@ -121,8 +121,8 @@ class Comparison:
         if min(args.scales) <= 0:
             raise ValueError("--scales takes positive numbers, such as 1 1.25")
         self.work_dir = Path(args.work_dir or Path("work_dirs", "equal_tokens", Path(args.config).stem))
-        new_layers = trunk_of(self.cfg).get("new_layers")
-        files = {name: fingerprint(name) for name in (args.checkpoint, new_layers) if name}
+        new_layers = trunk_of(self.cfg).get("new_layers") or ""
+        files = {name: fingerprint(name) for name in (args.checkpoint, new_layers) if Path(name).is_file()}
         tested = {**self.cfg.to_dict(), "work_dir": None}  # a folder that is moved keeps what is finished
         self.steps = Steps(self.work_dir / "steps", {"config": digest(tested), "files": files})
         self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
