@@ -58,7 +58,7 @@ test_evaluator = val_evaluator
 # their baselines. They are the paper's; tools/calibrate.py finds those of a token budget on your images.
 adaptive = dict(thresholds={32: 2.0, 64: 2.0, 128: 0.3})
 # Instead of entropy a scorer that tools/distill_scorer.py makes from the dense model and your images, and interpolated
-# maps (docs/equal_tokens.md); nothing is trained with labels. The threshold, in the scorer's nats, keeps 80 % of the
+# maps (docs/learned_scorer.md); nothing is trained with labels. The threshold, in the scorer's nats, keeps 80 % of the
 # tokens of COCO photographs at 448 pixels; tools/calibrate.py finds yours.
 learned = dict(
     scorer="checkpoints/scorer.safetensors", thresholds={32: 0.008}, merge="resizing", map_fill="interpolate"
