@@ -126,7 +126,7 @@ def test_merging_is_the_configuration_at_the_thresholds_that_were_found(run, pho
     for title, file, config, options in (
         ("merging, laplacian, 50%", "laplacian", APT, {}),
         (f"merging, {scorer}, 50%", scorer, APT, {"model.backbone.scorer": SCORER}),
-        ("random, 50%", "random", APT.replace("apt", "random"), {}),
+        ("random, 50%", "laplacian", APT.replace("apt", "random"), {}),
     ):
         with open(f"{folder}/steps/thresholds_of_{file}.json") as found:
             thresholds = json.load(found)["result"]["0.5"]

@@ -223,12 +223,12 @@ class Comparison:
         return min(map(min, sizes))
 
     def calibrated(self, scale: float, scorer: str) -> dict[float, dict[int, float]]:
-        """Thresholds of every budget."""
+        """Thresholds of every budget, for the scorer of a row."""
+        scorer = self.scored_by(scorer)
         if (scale, scorer) not in self._calibrated:
-            scored = self.scored_by(scorer)
-            inputs = {"scorer": scorer_key(scored), "keep": self.args.keep}
+            inputs = {"scorer": scorer_key(scorer), "keep": self.args.keep}
             title = f"thresholds of {Path(scorer).stem}{size_of(scale)}"
-            found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scale, scored))
+            found = self.steps.run(_name(title), title, inputs, lambda: self._calibrate(scale, scorer))
             by_size = {keep: {int(size): value for size, value in of.items()} for keep, of in found.items()}
             self._calibrated[scale, scorer] = {float(keep): thresholds for keep, thresholds in by_size.items()}
         return self._calibrated[scale, scorer]
