@@ -19,7 +19,7 @@ from tests.scripts import ROOT, run_script
 
 CONFIGS = sorted((ROOT / "seg_configs").glob("*.py"))
 ADE20K = [path for path in CONFIGS if path.stem.startswith("eva02") and "photoshapes" not in path.stem]
-WHOLE = [path for path in CONFIGS if path.stem.endswith(("camvid", "nuclei"))]
+WHOLE = [path for path in CONFIGS if path.stem.endswith(("camvid", "nuclei", "receipts"))]
 TIMM = [path for path in CONFIGS if path.stem.startswith("dino") and path not in WHOLE]
 PHOTOSHAPES = [path for path in CONFIGS if "photoshapes" in path.stem]
 MM_TOOLS = Path(mmseg.__file__).parent / ".mim" / "tools"
@@ -203,7 +203,7 @@ def test_trains_and_slides_at_a_small_scale(path, data, tmp_path):
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=names(WHOLE))
-def test_a_head_is_trained_on_three_maps_of_whole_images(path, tmp_path):
+def test_a_head_is_trained_on_maps_of_whole_images(path, tmp_path):
     rng = np.random.default_rng(0)
     cfg = Config.fromfile(path)
     num_classes, num_labels = (11, 12) if path.stem.endswith("camvid") else (2, 2)  # CamVid's label 11 is ignored
@@ -214,11 +214,14 @@ def test_a_head_is_trained_on_three_maps_of_whole_images(path, tmp_path):
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
         loader.dataset.data_root = str(tmp_path)
-        for name, shape, most in (("img_path", (48, 64, 3), 256), ("seg_map_path", (48, 64), num_labels)):
+        for name, shape, most, suffix in (
+            ("img_path", (48, 64, 3), 256, loader.dataset.get("img_suffix", ".png")),
+            ("seg_map_path", (48, 64), num_labels, ".png"),
+        ):
             folder = tmp_path / loader.dataset.data_prefix[name]
             folder.mkdir(parents=True)
             for index in range(2):
-                Image.fromarray(rng.integers(0, most, shape, np.uint8)).save(folder / f"{index}.png")
+                Image.fromarray(rng.integers(0, most, shape, np.uint8)).save(folder / f"{index}{suffix}")
         for step in loader.dataset.pipeline:
             step.update(
                 {
@@ -233,8 +236,13 @@ def test_a_head_is_trained_on_three_maps_of_whole_images(path, tmp_path):
     metrics = runner.test()
     assert 0 <= metrics["mIoU"] <= 100
     trained = {name for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
-    assert trained == {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
-    assert runner.model.decode_head.conv_seg.weight.shape[:2] == (num_classes, 3 * 384)
+    classifier = runner.model.decode_head.conv_seg
+    if "upernet" in path.stem:
+        assert {name.split(".")[0] for name in trained} == {"neck", "decode_head"}
+        assert len(classifier.weight) == num_classes
+    else:
+        assert trained == {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
+        assert classifier.weight.shape[:2] == (num_classes, 3 * 384)
 
 
 # ------------------------------------------------------------------------------------------- tools
