@@ -48,7 +48,9 @@ HEADLINES = (
 # Further ones, of tools/equal_tokens.py; last, the file in which a tuned network read the smaller images.
 OWN_TESTS = (
     ("nuclei, linear head, mIoU", "nuclei_seg", "mIoU", "nuclei_seg_lora"),
+    ("nuclei, UperNet, mIoU", "nuclei_upernet", "mIoU", None),
     ("nuclei, boxes of a small detector, mAP", "nuclei_det", "box mAP", None),
+    ("text on receipts, linear head, mIoU", "receipts_seg", "mIoU", None),
     ("blood cells, boxes of a small detector, mAP", "bccd_det", "box mAP", None),
 )
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without

@@ -44,6 +44,7 @@ SUBSTITUTIONS = (
     ("bccd_scorer.safetensors entropy random", "bccd_scorer.safetensors --keep 0.5"),
     ("nuclei_scorer.safetensors entropy random", "nuclei_scorer.safetensors --keep 0.5"),
     ("nuclei_boxes_scorer.safetensors entropy random", "nuclei_boxes_scorer.safetensors --keep 0.5"),
+    ("receipts_scorer.safetensors entropy random", "receipts_scorer.safetensors --keep 0.5"),
     # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
@@ -148,6 +149,7 @@ def fill(folder: Path) -> None:
     from tests.golden import load_golden
     from tests.llava_tiny import save_hub_checkpoint
     from tests.nuclei import save_nuclei
+    from tests.receipts import save_receipts
     from tools.video import write_video
 
     for name in ("tools", "benchmarks", "examples", "apt_backbones", "llava_apt", "tests", "docs"):
@@ -171,6 +173,8 @@ def fill(folder: Path) -> None:
     for task, name in (
         ("seg", "linear_dense_camvid"),
         ("seg", "linear_dense_nuclei"),
+        ("seg", "linear_dense_receipts"),
+        ("seg", "upernet_dense_nuclei"),
         ("det", "dense_bccd"),
         ("det", "dense_nuclei"),
     ):
@@ -215,6 +219,7 @@ def fill(folder: Path) -> None:
         cells[str(image["id"])] = picture, list(zip(classes, corners))
     save_bccd(folder / "data/bccd", cells)
     save_nuclei(folder / "kaggle-dsbowl-2018-dataset-fixes/stage1_train", 10, 96, 128)
+    save_receipts(folder / "ICDAR-2019-SROIE/data", 10, 96, 240)
     (folder / "data/ade").mkdir()
     (folder / "data/ade/ADEChallengeData2016").symlink_to(shapes)
     photos = Path(skimage.__file__).parent / "data"
