@@ -8,6 +8,7 @@ model = dict(
     decode_head=dict(
         _delete_=True,
         type="FastUPerHead",
+        inference="fast",
         in_channels=[384, 384, 384, 384],
         in_index=[0, 1, 2, 3],
         channels=64,
