@@ -22,8 +22,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
-from tools.cli import parser_of, run
-from examples.new_folder import new_folder, splits_of
+from tools.cli import run
+from examples.new_folder import new_folder, source_and_destination, splits_of
 
 
 def make_nuclei(source: Path, destination: Path) -> dict[str, dict]:
@@ -74,11 +74,7 @@ def add_image(folder: Path, whole: Path, split: str, coco: dict) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("source", type=Path, metavar="SRC", help="the folder stage1_train")
-    parser.add_argument("destination", type=Path, metavar="DST", help="folder to make; must not exist, or be empty")
-    args = parser.parse_args()
-    for split, coco in make_nuclei(args.source, args.destination).items():
+    for split, coco in make_nuclei(*source_and_destination(__doc__, "the folder stage1_train")).items():
         print(f"{split}: {len(coco['images'])} images, {len(coco['annotations'])} nuclei")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-from tools.cli import parser_of, run
-from examples.new_folder import new_folder, splits_of
+from tools.cli import run
+from examples.new_folder import new_folder, source_and_destination, splits_of
 
 LONGEST = 1568
 
@@ -62,19 +62,15 @@ def lines_of(path: Path) -> list[list[int]]:
     """The corners of the lines of text, x1, y1, ..., x4, y4 in pixels."""
     try:
         lines = [list(map(int, line.split(",")[:8])) for line in path.read_text(errors="replace").splitlines()]
-    except ValueError:
-        lines = [[]]
-    if any(len(corners) != 8 for corners in lines):
-        raise ValueError(f"{path} has a line that is not x1,y1,x2,y2,x3,y3,x4,y4,text")
+        if any(len(corners) != 8 for corners in lines):
+            raise ValueError("fewer than 8 numbers")
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not x1,y1,x2,y2,x3,y3,x4,y4,text ({error})") from error
     return lines
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("source", type=Path, metavar="SRC", help="the folder data")
-    parser.add_argument("destination", type=Path, metavar="DST", help="folder to make; must not exist, or be empty")
-    args = parser.parse_args()
-    for split, count in make_receipts(args.source, args.destination).items():
+    for split, count in make_receipts(*source_and_destination(__doc__, "the folder data")).items():
         print(f"{split}: {count} images")
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from tools.cli import parser_of
+
 Item = TypeVar("Item")
 SHARES = {"training": 0.6, "validation": 0.2, "test": 0.2}
 
@@ -20,6 +22,15 @@ def splits_of(items: Sequence[Item]) -> dict[str, Sequence[Item]]:
         last = round(share * len(items))
         splits[name], first = items[first:last], last
     return splits
+
+
+def source_and_destination(doc: str, source: str) -> tuple[Path, Path]:
+    """SRC and DST of the command line of a program with this docstring; ``source`` says what SRC is."""
+    parser = parser_of(doc)
+    parser.add_argument("source", type=Path, metavar="SRC", help=source)
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to make; must not exist, or be empty")
+    args = parser.parse_args()
+    return args.source, args.destination
 
 
 @contextmanager
