@@ -40,11 +40,7 @@ SUBSTITUTIONS = (
     ),
     ("_scorer_photoshapes.safetensors laplacian random", "_scorer_photoshapes.safetensors --keep 0.5"),
     ("--scorer scorer.safetensors laplacian random", "--scorer scorer.safetensors --keep 0.5"),
-    ("camvid_scorer.safetensors entropy random", "camvid_scorer.safetensors --keep 0.5"),
-    ("bccd_scorer.safetensors entropy random", "bccd_scorer.safetensors --keep 0.5"),
-    ("nuclei_scorer.safetensors entropy random", "nuclei_scorer.safetensors --keep 0.5"),
-    ("nuclei_boxes_scorer.safetensors entropy random", "nuclei_boxes_scorer.safetensors --keep 0.5"),
-    ("receipts_scorer.safetensors entropy random", "receipts_scorer.safetensors --keep 0.5"),
+    ("_scorer.safetensors entropy random", "_scorer.safetensors --keep 0.5"),
     # Iterations, of which the small configurations (see fill) have one.
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
