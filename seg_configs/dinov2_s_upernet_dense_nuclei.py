@@ -1,4 +1,4 @@
 """UperNet on the frozen DINOv2 ViT-S, on nuclei; 40 minutes of one CPU core."""
 
 _base_ = ["_base_/dinov2_s_upernet.py", "_base_/nuclei.py"]
-model = dict(data_preprocessor=dict(size=_base_.size))
+model = dict(data_preprocessor=dict(size=_base_.size), decode_head=dict(num_classes=2))

@@ -1,4 +1,5 @@
-"""UperNet of 64 channels on four maps of the frozen DINOv2 ViT-S, trained as the linear head is."""
+"""UperNet of 64 channels on four maps of the frozen DINOv2 ViT-S, trained as the linear head is. Data follow in
+``_base_``, and the number of classes."""
 
 _base_ = "dinov2_s_linear.py"
 norm_cfg = dict(type="BN", requires_grad=True)
@@ -12,7 +13,6 @@ model = dict(
         in_channels=[384, 384, 384, 384],
         in_index=[0, 1, 2, 3],
         channels=64,
-        num_classes=2,
         norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
