@@ -32,9 +32,7 @@ class FusedLinears:
         """
         if any(type(layer) is not nn.Linear or layer.weight.requires_grad or is_hooked(layer) for layer in layers):
             return None
-        if not self._is_current(layers):
-            self._fuse(layers)
-        return self._weight, self._bias
+        return (self._weight, self._bias) if self._is_current(layers) else self._fuse(layers)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -63,19 +61,20 @@ class FusedLinears:
     # Weights that are made in inference mode could not take part in training later.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _fuse(self, layers: Sequence[nn.Linear]) -> None:
+    def _fuse(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
         sizes = [layer.out_features for layer in layers]
-        self._layers = layers
-        self._weight = torch.cat([layer.weight.detach() for layer in layers])
-        self._bias = self._weight.new_zeros(sum(sizes))
-        for layer, weight, bias in zip(layers, self._weight.split(sizes), self._bias.split(sizes)):
-            layer.weight.data = weight
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = weight.new_zeros(sum(sizes))
+        for layer, own_weight, own_bias in zip(layers, weight.split(sizes), bias.split(sizes)):
+            layer.weight.data = own_weight
             if layer.bias is not None:
-                bias.copy_(layer.bias)
-                layer.bias.data = bias
+                own_bias.copy_(layer.bias)
+                layer.bias.data = own_bias
         # They have the model's shapes, not the batch's: a compiled block may rely on them.
-        for fused in (self._weight, self._bias):
+        for fused in (weight, bias):
             torch._dynamo.mark_static(fused)
+        self._weight, self._bias, self._layers = weight, bias, layers  # another thread may fuse, too: last, and as one
+        return weight, bias
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -45,7 +45,8 @@ class AdaptiveTrunk(nn.Module):
     Attributes:
         thresholds: merged size in pixels -> threshold; empty for the dense network. May be changed at any time to
             other values for the same sizes, or to none.
-        last_layout: of the latest batch, for those who report token counts.
+        last_layout: of the latest batch, for those who report token counts. (Several threads may call a trunk at once;
+            what it returns does not depend on this.)
     """
 
     # ---- what a backbone supplies -------------------------------------------------------------------------------
@@ -218,17 +219,14 @@ class AdaptiveTrunk(nn.Module):
         indices = self.out_indices if indices is None else indices
         indices = check_indices("indices", indices, len(self.blocks))
         maps = {}
-        for index, x_TD in self.run(images, until=max(indices)):
+        for index, x_TD, layout in self.run(images, until=max(indices)):
             if index in indices:
-                maps[index] = self.to_map(index, self.final_norm(x_TD) if norm else x_TD)
+                maps[index] = self.fill_map(index, layout, layout.to_map(self.final_norm(x_TD) if norm else x_TD))
         return tuple(maps[index] for index in indices)
 
-    def to_map(self, index: int, x_TD: Tensor) -> Tensor:
-        """The latest batch's tokens after a block as a feature map, filled as ``map_fill`` and ``map_scale`` say."""
-        return self.fill_map(index, self.last_layout, self.last_layout.to_map(x_TD))
-
     def fill_map(self, index: int, layout: PatchLayout, map_BDHW: Tensor) -> Tensor:
-        """The same of a map (B, D, H, W) that ``layout.to_map`` gave: (B, D, H * map_scale, W * map_scale)."""
+        """A map (B, D, H, W) that ``layout.to_map`` gave of tokens after a block, filled as ``map_fill`` and
+        ``map_scale`` say: (B, D, H * map_scale, W * map_scale)."""
         if self.map_fill == "repeat":
             return map_BDHW
         filled_BDHW = layout.interpolate(map_BDHW)
@@ -237,8 +235,8 @@ class AdaptiveTrunk(nn.Module):
             filled_BDHW = layout.add_detail(map_BDHW, filled_BDHW + detail_BDHW)
         return layout.finer(filled_BDHW, self.map_scale)
 
-    def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Run the network; after every block yield its index and its tokens (T, D), placed as ``last_layout`` says.
+    def run(self, images: Tensor, until: int | None = None) -> Iterator[tuple[int, Tensor, PatchLayout]]:
+        """Run the network; after every block yield its index, its tokens (T, D), and where these are.
 
         Args:
             images: as for ``feature_maps``.
@@ -262,7 +260,7 @@ class AdaptiveTrunk(nn.Module):
                 x_TD = checkpoint(self._run_block, *arguments, use_reentrant=False)
             else:
                 x_TD = self._run_block(*arguments)
-            yield index, x_TD
+            yield index, x_TD, layout
 
     def _run_block(self, index: int, x_TD: Tensor, *others) -> Tensor:
         """``run_block`` between the block's own hooks, such as those with which FSDP gathers and frees its weights."""
@@ -314,16 +312,22 @@ class AdaptiveTrunk(nn.Module):
             x_TD = x_TD.index_copy(0, at, prefix_PD.to(x_TD.dtype).repeat(layout.batch_size, 1))
         return x_TD
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        for block in self._fused:
+    def release_fused(self) -> None:
+        """Give all weights memory of their own, until a call fuses some again."""
+        for block in self.__dict__.get("_fused", ()):  # there is none while a network is being built
             block.qkv.release()
             block.fc1.release()
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        self.release_fused()
         return super().state_dict(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        self.release_fused()  # a copy or pickle would hold the shared memory, but not know that it is shared
+        return super().__reduce_ex__(protocol)
+
     def _apply(self, *args, **kwargs) -> "AdaptiveTrunk":
-        # The parameters move, so their fused memory would only linger.
-        if hasattr(self, "_fused"):
-            self._fused = [FusedBlock() for _ in self.blocks]
+        self.release_fused()
         return super()._apply(*args, **kwargs)
 
 

@@ -152,8 +152,8 @@ class ClassStudy(Study):
             of_cells = x_BND.gather(1, token_of_cell[..., None].expand(-1, -1, x_BND.shape[2]))
             tokens = (sum(part[2] for part in before) + count) / len(self.vit.blocks)
             return x_BND[:, 0], of_cells.mean(1), x_BND[:, 1:].mean(1), torch.full((len(images),), tokens)
-        *_, (_, x_TD) = self.vit.run(images)
-        layout, x_TD = self.vit.last_layout, self.vit.final_norm(x_TD.float())
+        *_, (_, x_TD, layout) = self.vit.run(images)
+        x_TD = self.vit.final_norm(x_TD.float())
         by_token = torch.stack([x.mean(0) for x in layout.split(x_TD)])
         return layout.prefix(x_TD)[:, 0], layout.to_map(x_TD).mean((2, 3)), by_token, torch.tensor(layout.num_patches)
 

@@ -53,8 +53,8 @@ class AdaptiveTorchvision(AdaptiveTrunk):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes)."""
-        *_, (_, x_TD) = self.run(images)
-        return self.vit.heads(self.final_norm(self.last_layout.prefix(x_TD)[:, 0]))
+        *_, (_, x_TD, layout) = self.run(images)
+        return self.vit.heads(self.final_norm(layout.prefix(x_TD)[:, 0]))
 
 
 # docs]

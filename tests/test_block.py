@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -237,6 +238,29 @@ def test_savers_keep_every_weight_of_a_frozen_trunk_that_ran(tmp_path):
     for tensor in model.state_dict().values():  # as some averages of weights are kept
         tensor.zero_()
     assert not any(parameter.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.to("cpu"), lambda model: model.float(), lambda model: model.share_memory(), reload_pickle],
+    ids=["to", "float", "share_memory", "pickle"],
+)
+def test_no_two_weights_share_memory_after_a_frozen_trunk_ran_and(change):
+    """accelerate's ``save_model`` would leave out all but one of them."""
+    model = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS))
+    model(pictures(1, 128, 80))
+    parameters = list(change(model).parameters())
+    assert len({part.untyped_storage().data_ptr() for part in parameters}) == len(parameters)
+
+
+@torch.no_grad()
+def test_several_threads_may_call_a_trunk():
+    model = freeze_host(tiny(thresholds=THRESHOLDS, **WINDOWS))
+    images = [pictures(*shape) for shape in IMAGES]
+    expected = [model(batch)[0] for batch in images]
+    with ThreadPoolExecutor(4) as threads:
+        for number, found in enumerate(threads.map(lambda batch: model(batch)[0], images * 8)):
+            torch.testing.assert_close(found, expected[number % len(images)], atol=1e-6, rtol=0)
 
 
 def test_hooks_and_adapters_on_blocks_and_fused_layers_act():

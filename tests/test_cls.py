@@ -113,8 +113,7 @@ def test_dense_is_timm_and_a_merged_patch_counts_by_its_area(global_pool):
     adaptive = adapt(dense.trunk, {32: 4.0})
     tokens = adaptive.forward_features(images)
     if global_pool == "avg":
-        *_, (_, x_TD) = adaptive.run(images)
-        layout = adaptive.last_layout
+        *_, (_, x_TD, layout) = adaptive.run(images)
         area_T1 = (layout.side_T[:, None] / 16).square()
         means = [x.sum(0) / 16 for x in (area_T1 * x_TD).split(layout.images.lengths)]
         assert max(layout.num_patches) < 16

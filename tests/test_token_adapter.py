@@ -76,12 +76,12 @@ def test_the_branch_beside_the_mlp_reads_what_the_mlp_reads():
     adapt(model, thresholds_of(model, 1.0), merge="resizing", adapter_rank=3)
     seen = []
     model.blocks[-1].norm2.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    (_, _), (_, before) = model.run(images)
+    *_, (_, before, _) = model.run(images)
     adapter = trained(model).token_adapters[-1]
     for other in (model.token_adapters[0].qkv, model.token_adapters[0].mlp, adapter.qkv):
         other.up.weight.zero_()
-    (_, _), (_, after) = model.run(images)
-    merged = model.last_layout.is_merged_T1[:, 0]
+    *_, (_, after, layout) = model.run(images)
+    merged = layout.is_merged_T1[:, 0]
     assert torch.equal(after[~merged], before[~merged]) and merged.any() and not merged.all()
     torch.testing.assert_close(after[merged] - before[merged], adapter.mlp.up(adapter.mlp.down(seen[0][merged])))
 

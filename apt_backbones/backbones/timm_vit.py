@@ -106,8 +106,8 @@ class AdaptiveTimm(AdaptiveTrunk):
             raise ValueError("keep_prefix=False is for feature maps: use feature_maps or forward_intermediates")
         _refuse_masks(attn_mask, is_causal)
         self.check_image_size(x)
-        *_, (_, x_TD) = self.run(x)
-        return self.last_layout.to_sequence(self.final_norm(x_TD))
+        *_, (_, x_TD, layout) = self.run(x)
+        return layout.to_sequence(self.final_norm(x_TD))
 
     def forward_intermediates(
         self,
@@ -142,14 +142,14 @@ class AdaptiveTimm(AdaptiveTrunk):
         self.check_image_size(x)
         taken, last = feature_take_indices(len(self.blocks), indices)
         maps, prefixes = [], []
-        for index, x_TD in self.run(x, until=last if intermediates_only or stop_early else None):
+        for index, x_TD, layout in self.run(x, until=last if intermediates_only or stop_early else None):
             if index in taken:
                 kept_TD = self.final_norm(x_TD) if norm else x_TD
-                map_BDHW = self.to_map(index, kept_TD)
+                map_BDHW = self.fill_map(index, layout, layout.to_map(kept_TD))
                 maps.append(map_BDHW.contiguous() if output_fmt == "NCHW" else map_BDHW.flatten(2).transpose(1, 2))
-                prefixes.append(self.last_layout.prefix(kept_TD))
+                prefixes.append(layout.prefix(kept_TD))
         with_prefix = return_prefix_tokens and self.num_prefix > 0
-        final = None if intermediates_only else self.last_layout.to_sequence(self.final_norm(x_TD))
+        final = None if intermediates_only else layout.to_sequence(self.final_norm(x_TD))
         if options.get("output_dict"):
             outputs = {"image_intermediates": maps}
             outputs |= {"image_intermediates_prefix": prefixes} if with_prefix else {}
@@ -269,8 +269,10 @@ _SETTINGS = (
 _LAYERS = ("adaptive_embed", "token_adapters", "map_detail")
 
 
-def _restore(model: nn.Module, original: type) -> dict[str, nn.Module | None]:
+def _restore(model: nn.Module, original: type) -> dict[str, nn.Module]:
     """Make a model timm's own again; returns the new layers that it had."""
+    if isinstance(model, AdaptiveTimm):
+        model.release_fused()
     for name in _SETTINGS:
         model.__dict__.pop(name, None)
     model.__class__ = original
