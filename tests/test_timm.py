@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from apt_backbones import adapt, freeze_host
+from apt_backbones.new_layers import save_new_layers
 from tests.golden import relative_error
 
 FAMILIES = [
@@ -190,6 +191,49 @@ def test_a_refused_setting_leaves_timms_own_model(settings):
         adapt(model, **{"thresholds": {32: 5.0}, **settings})
     assert type(model) is kind and set(vars(model)) == attributes and "adaptive_embed" not in model._modules
     adapt(model, {32: 5.0})(pictures(model, 1, 4, 4))
+
+
+@pytest.mark.parametrize("settings", [dict(thresholds={48: 5.0}), dict(scorer="nowhere.safetensors")])
+def test_a_refused_setting_leaves_an_adapted_model_as_it_is(settings):
+    model = adapt(build("vit_tiny_patch16_224"), {32: 5.0}, adapter_rank=2)
+    model.set_grad_checkpointing()
+    for part in (*model.adaptive_embed.parameters(), *model.token_adapters.parameters()):
+        nn.init.normal_(part)
+    images = pictures(model, 1, 4, 4)
+    expected, weights = model(images), deepcopy(model.state_dict())
+    with pytest.raises((ValueError, FileNotFoundError)):
+        adapt(model, **{"thresholds": {32: 4.0}, **settings})
+    assert torch.equal(model(images), expected) and model.thresholds == {32: 5.0} and model.grad_checkpointing
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_layers_of_a_file_take_the_place_of_those_of_an_adapted_model(tmp_path):
+    model = adapt(build("vit_tiny_patch16_224"), {32: 5.0})
+    save_new_layers(model, tmp_path / "new.safetensors")
+    saved = deepcopy(model.adaptive_embed.state_dict())
+    nn.init.normal_(model.adaptive_embed.zero_mlp.weight)
+    adapt(model, {32: 5.0}, new_layers=str(tmp_path / "new.safetensors"))
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.adaptive_embed.state_dict().items())
+
+
+def test_another_way_to_merge_starts_as_that_way_does():
+    model = adapt(build("vit_tiny_patch16_224"), {32: 5.0})
+    assert adapt(model, {32: 5.0}, merge="apt_random_init").adaptive_embed.zero_mlp.weight.any()
+    assert not adapt(model, {32: 5.0}, merge="apt").adaptive_embed.zero_mlp.weight.any()
+
+
+def test_fused_weights_are_given_back_when_settings_change():
+    model = freeze_host(adapt(build("eva02_base_patch14_224"), {28: 5.0}))
+    for thresholds in ({28: 4.0}, None):
+        model(pictures(model, 1, 4, 4))
+        storages = [part.untyped_storage().data_ptr() for part in adapt(model, thresholds).parameters()]
+        assert len(set(storages)) == len(storages)
+
+
+def test_without_positions_there_is_no_dropout_of_them():
+    model = build("vit_tiny_patch16_224", pos_embed="none", pos_drop_rate=0.9).train()
+    images = pictures(model, 2, 4, 4)
+    torch.testing.assert_close(model(images), adapt(model, {32: 0.0})(images))
 
 
 def test_without_prefix_tokens_there_are_maps_and_no_pooled_features():

@@ -161,6 +161,9 @@ class AdaptiveTimm(AdaptiveTrunk):
 class AdaptiveVisionTransformer(AdaptiveTimm, VisionTransformer):
     """timm's ``VisionTransformer`` after ``adapt``."""
 
+    def before_blocks(self, x_TD: Tensor) -> Tensor:
+        return self.norm_pre(x_TD) if self.pos_embed is None else super().before_blocks(x_TD)
+
 
 class AdaptiveEva(AdaptiveTimm, Eva):
     """timm's ``Eva`` after ``adapt``."""
@@ -183,8 +186,9 @@ def adapt(
     return tensors of the same shapes. The weights keep their names; ``merge="apt"`` adds ``adaptive_embed.*``.
 
     Args:
-        model: of class ``VisionTransformer`` or ``Eva``, or one that was adapted before (its settings are replaced,
-            its new layers kept if they are still needed).
+        model: of class ``VisionTransformer`` or ``Eva``, or one that was adapted before: its settings are replaced, its
+            new layers kept if they are still needed (and ``options`` name no file of ``new_layers``). If the settings
+            are refused it stays as it is.
         thresholds: merged size in pixels -> threshold in the scorer's units, e.g. {32: 5.5, 64: 5.5} for patches of
             16; None gives timm's own model back.
         scorer, merge: see ``AdaptiveTrunk.set_up``.
@@ -203,12 +207,13 @@ def adapt(
     original = next((kind for kind, adapted in _ADAPTED.items() if type(model) in (kind, adapted)), None)
     if original is None:
         raise TypeError(_why_not(model))
-    old_layers = _restore(model, original)
+    kind, settings = type(model), {name: model.__dict__[name] for name in _SETTINGS if name in model.__dict__}
+    with_cp, old_layers = model.grad_checkpointing, _restore(model, original)
     if not thresholds and not options and keep_prefix:
         return model
-    _check_fits(model)
-    model.__class__ = _ADAPTED[original]
     try:
+        _check_fits(model)
+        model.__class__ = _ADAPTED[original]
         model.patch_size = model.patch_embed.patch_size[0]
         model.keep_prefix = keep_prefix
         model.num_prefix = model.num_prefix_tokens if keep_prefix else 0
@@ -216,17 +221,20 @@ def adapt(
         for name, key in (("pixel_mean", "mean"), ("pixel_std", "std")):
             if key in config:
                 options.setdefault(name, tuple(255 * value for value in config[key]))
-        with_cp = model.grad_checkpointing
         model.set_up(thresholds, scorer, merge, **options)
-        model.grad_checkpointing = with_cp
     except Exception:
         _restore(model, original)
+        model.__class__ = kind
+        model.__dict__.update(settings)
+        model._modules.update(old_layers)
         raise
+    finally:
+        model.grad_checkpointing = with_cp
     weight = model.patch_embed.proj.weight
     for name in _LAYERS:
-        layers = getattr(model, name).to(weight.device, weight.dtype)
-        old = old_layers[name]
-        if old is not None and _shapes(old) == _shapes(layers):
+        layers, old = getattr(model, name).to(weight.device, weight.dtype), old_layers.get(name)
+        is_same = old is not None and _shapes(old) == _shapes(layers)
+        if is_same and options.get("new_layers") is None and (name != "adaptive_embed" or settings["merge"] == merge):
             layers.load_state_dict(old.state_dict())
     return model
 
@@ -276,7 +284,7 @@ def _restore(model: nn.Module, original: type) -> dict[str, nn.Module]:
     for name in _SETTINGS:
         model.__dict__.pop(name, None)
     model.__class__ = original
-    return {name: model._modules.pop(name, None) for name in _LAYERS}
+    return {name: model._modules.pop(name) for name in _LAYERS if name in model._modules}
 
 
 def _why_not(model: nn.Module) -> str:
