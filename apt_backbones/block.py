@@ -9,7 +9,6 @@ Legend: T tokens of the whole batch, D channels, N heads, H channels per head.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -103,8 +102,7 @@ def run_block(
     before, after = _before_attention, _after_attention
     is_compiled = call.compile_options is not None
     if is_compiled:
-        options = tuple(call.compile_options.items())
-        before, after = _compiled(before, options), _compiled(after, options)
+        before, after = (_compiled(function, call.compile_options) for function in (before, after))
         rotation = None if rotation is None else torch.view_as_real(rotation)
     projections = projections_of(block)
     qkv = fused.qkv.fuse(projections) if len(projections) > 1 else None
@@ -162,7 +160,8 @@ def _projected(attn: nn.Module, x_TD: Tensor) -> tuple[Tensor, ...]:
     if getattr(attn, "q_bias", None) is None:
         return attn.qkv(x_TD).chunk(3, dim=-1)
     bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    qkv = attn.qkv(x_TD) + bias if attn.qkv_bias_separate else F.linear(x_TD, attn.qkv.weight, bias)
+    is_plain = type(attn.qkv) is nn.Linear and not attn.qkv_bias_separate  # an adapter's weight is not all that it adds
+    qkv = F.linear(x_TD, attn.qkv.weight, bias) if is_plain else attn.qkv(x_TD) + bias
     return qkv.chunk(3, dim=-1)
 
 
@@ -223,7 +222,7 @@ def _keep(drop_path: nn.Module, layout: PatchLayout, dtype: torch.dtype) -> Tens
     if not rate or not drop_path.training:
         return None
     keep_B = torch.empty(layout.batch_size, dtype=dtype, device=layout.image_T.device).bernoulli_(1 - rate)
-    if drop_path.scale_by_keep:
+    if drop_path.scale_by_keep and rate < 1:
         keep_B.div_(1 - rate)
     return keep_B[layout.image_T][:, None]
 
@@ -232,7 +231,12 @@ def _scale(branch_TD: Tensor, keep_T1: Tensor | None) -> Tensor:
     return branch_TD if keep_T1 is None else branch_TD * keep_T1
 
 
-@lru_cache
-def _compiled(function: Callable, options: tuple) -> Callable:
+def _compiled(function: Callable, options: dict) -> Callable:
     """One compiled function for all blocks. Being no attribute of theirs, it does not hinder copies and pickles."""
-    return torch.compile(function, dynamic=True, **dict(options))
+    key = function, repr(sorted(options.items()))  # some options are dictionaries
+    if key not in _COMPILED:
+        _COMPILED[key] = torch.compile(function, **{"dynamic": True, **options})
+    return _COMPILED[key]
+
+
+_COMPILED: dict[tuple[Callable, str], Callable] = {}

@@ -186,6 +186,21 @@ def test_compiled_blocks_compile_once_for_all_images(padding, options, freeze):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
+@torch.no_grad()
+def test_blocks_compile_with_all_that_torch_compile_takes():
+    model, images, seen = tiny(thresholds=THRESHOLDS, **WINDOWS), pictures(1, 64, 128), []
+
+    def backend(graph, inputs, **options):
+        seen.append(options)
+        return graph.forward
+
+    expected = model(images)[0]
+    for options in (dict(options={"trace": True}), dict(dynamic=False)):
+        torch._dynamo.reset()
+        torch.testing.assert_close(model.compile_blocks(backend=backend, **options)(images)[0], expected)
+    assert seen[0] == {"options": {"trace": True}} and len(seen) > 2
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_compiled_blocks_train_alike(freeze):
     model = tiny(thresholds=THRESHOLDS, **WINDOWS)
