@@ -91,7 +91,7 @@ class AdaptiveTrunk(nn.Module):
     ) -> Tensor:
         """The tokens (T, D) after one of ``blocks``, in which the tokens of a segment attend to each other. Override
         it, and ``check_block``, for blocks that are not timm's."""
-        adapter = self.token_adapters[index] if self.token_adapters and self.thresholds else None
+        adapter = self.token_adapters[index] if index < len(self.token_adapters) and self.thresholds else None
         return run_block(self.blocks[index], x_TD, call, segments, rotation, self._fused[index], adapter)
 
     # ---- what every backbone has --------------------------------------------------------------------------------
@@ -121,14 +121,15 @@ class AdaptiveTrunk(nn.Module):
             merge: "apt", "resizing", "random" or an ablation (``AdaptivePatchEmbed``). For "random", dropped cells of
                 the feature maps repeat the nearest kept token before them.
             padding: "coarsest" (padding is scored like any other area: constant, so it merges into the largest
-                patches) or "drop" (patches wholly inside padding get no token, and zeros in the feature maps).
+                patches) or "drop" (patches wholly inside padding get no token, and zeros in the feature maps; where
+                ``merge`` is "random" they are dropped cells as others are).
             rope_position: "center" or "corner" of a merged patch.
             window_size: side of an attention window in base cells; None for global attention in every block.
                 Prefix tokens belong to no window: in windowed blocks those of an image attend to each other only.
             global_blocks: indices of the blocks that attend globally although there are windows.
             pixel_mean, pixel_std: normalization that the images underwent, in 0..255; undone before scoring.
-            adapter_rank: of the low-rank layers that every block gets for the tokens of merged patches
-                (``TokenAdapter``); 0 for none.
+            adapter_rank: of the low-rank layers that blocks, up to the last of ``out_indices``, get for the tokens of
+                merged patches (``TokenAdapter``); 0 for none.
             map_fill: what the cells of a merged patch hold in feature maps: "repeat", its token; or "interpolate",
                 values between those around it, with the token as their mean (``PatchLayout.interpolate``); or
                 "learned", to which a new layer per entry of ``out_indices`` adds detail (``MapDetail``).
@@ -178,7 +179,7 @@ class AdaptiveTrunk(nn.Module):
         self.out_indices = check_indices("out_indices", out_indices, len(self.blocks))
         # A dense network merges nothing, so it has no new layers: "resizing" has none.
         self.adaptive_embed = AdaptivePatchEmbed(self.embed_dim, merge if thresholds else "resizing")
-        adapted = self.blocks if thresholds and adapter_rank else ()
+        adapted = self.blocks[: max(self.out_indices) + 1] if thresholds and adapter_rank else ()
         self.token_adapters = nn.ModuleList(TokenAdapter(projections_of(block), adapter_rank) for block in adapted)
         self.map_detail = nn.ModuleDict()
         if thresholds and map_fill == "learned":

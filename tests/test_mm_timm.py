@@ -37,6 +37,25 @@ def backbone(**options):
     return model.eval()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(norm=True),
+        dict(norm=False),
+        dict(keep_prefix=False),
+        dict(model="vit_pe_core_tiny_patch16_384"),  # which pools by attention
+        dict(out_indices=(3,), thresholds={32: 5.0}, adapter_rank=2),
+    ],
+)
+def test_all_that_trains_gets_a_gradient(options):
+    """Or else processes that train together would refuse the second iteration."""
+    model = backbone(**options).train()
+    sum(maps.square().mean() for maps in model(images())).backward()
+    assert [name for name, part in model.named_parameters() if part.requires_grad and part.grad is None] == []
+    freeze_host(model) if "thresholds" in options else None
+    assert all(part.grad is not None for part in model.parameters() if part.requires_grad)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_small_patch14_dinov2"])

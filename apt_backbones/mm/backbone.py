@@ -1,12 +1,12 @@
 """Adaptive trunks as backbones that mmdet and mmseg configs can name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import timm
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbones import eva02
 from ..backbones.timm_vit import adapt, load_timm
@@ -118,6 +118,9 @@ class APTTimm(SafeBackbone, BaseModule):
         options.setdefault("padding", "coarsest")
         self.trunk = adapt(trunk, thresholds, scorer, merge, keep_prefix, out_indices=out_indices, **options)
         self.trunk.with_cp = with_cp
+        # Processes that train together would wait for gradients of what no map depends on.
+        for unused in _unused(self.trunk, norm):
+            unused.requires_grad_(False)
         if frozen:
             freeze(self.trunk)
         self.norm = norm
@@ -130,3 +133,11 @@ class APTTimm(SafeBackbone, BaseModule):
         prefix = "backbone.trunk."
         of_backbone = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         load_timm(self.trunk, of_backbone or state_dict)
+
+
+def _unused(trunk: nn.Module, norm: bool) -> Iterator[nn.Module | nn.Parameter]:
+    """Parts of a timm ViT that feature maps do not depend on."""
+    yield from trunk.blocks[max(trunk.out_indices) + 1 :]
+    heads = ("fc_norm", "attn_pool") if norm else ("norm", "fc_norm", "attn_pool")
+    prefix = () if trunk.num_prefix else ("cls_token", "reg_token")
+    yield from (part for name in (*heads, *prefix) if (part := getattr(trunk, name, None)) is not None)
