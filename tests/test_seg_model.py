@@ -1,11 +1,15 @@
 """Segmentation models: official weights give the original's outputs, and packed sliding equals mmseg's."""
 
+import pickle
+
 import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from torch import nn
 
 import apt_backbones.mm.seg as seg
@@ -171,6 +175,25 @@ def test_logits_of_odd_sizes_stay_aligned_with_the_pixels():
         logits = model.encode_decode(image, [dict(img_shape=(53, 42))])
         expected = model.encode_decode(padded, [dict(img_shape=(56, 48))])[:, :, :53, :42]
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("side", [64, 53])
+def test_what_a_model_says_in_a_test_is_what_its_training_would_call_right(side):
+    model = build(size=64, patch=8)
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        said_BHW = model.encode_decode(images, [dict(img_shape=(side, side))] * 2).argmax(1)
+        samples = [SegDataSample(gt_sem_seg=PixelData(data=said_HW[None])) for said_HW in said_BHW]
+        losses = model.loss(images, samples)
+    assert float(losses["decode.acc_seg"]) == 100
+    assert all(sample.gt_sem_seg.shape == (side, side) for sample in samples), "the caller's own stay as they are"
+
+
+def test_models_pickle():
+    copied = pickle.loads(pickle.dumps(build(size=64, patch=8)))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert copied.encode_decode(image, [dict(img_shape=(64, 64))]).isfinite().all()
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 40), (15, 16)])

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -21,8 +23,8 @@ class APTEncoderDecoder(EncoderDecoder):
 
     - ``slide_inference`` runs the crops of an image together, as many at a time as ``test_cfg.token_budget`` allows;
       the result is that of mmseg's one-by-one slide.
-    - ``encode_decode`` pads its input to whole patches and cuts the logits back, so that they stay aligned with the
-      pixels when a crop or an image is not a multiple of the patch.
+    - ``encode_decode`` pads its input to whole patches and cuts the logits back, and ``loss`` pads masks, too, so that
+      they stay aligned with the pixels when a crop or an image is not a multiple of the patch.
     - Loading resamples positions of a model that was trained on crops of another size, and says so; a checkpoint of
       another number of classes is refused unless ``new_classifier`` is set.
 
@@ -41,7 +43,7 @@ class APTEncoderDecoder(EncoderDecoder):
         super().__init__(*args, **kwargs)
         self.new_classifier = new_classifier
         # Called by mmengine's way of loading, too.
-        self.register_load_state_dict_pre_hook(lambda model, state_dict, *_: model.adapt_state_dict(state_dict))
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)
         patch = find_trunk(self).patch_size
         sizes = {"data_preprocessor.size": self.data_preprocessor.size}
         if self.test_cfg.get("mode") == "slide":
@@ -54,6 +56,19 @@ class APTEncoderDecoder(EncoderDecoder):
         for name, size in sizes.items():
             if size is not None and min(size) < patch:
                 raise ValueError(f"{name} {tuple(size)} is smaller than a patch; use at least {patch} x {patch} pixels")
+
+    def loss(self, inputs: Tensor, data_samples: list[SegDataSample]) -> dict[str, Tensor]:
+        """Losses of normalized images (B, 3, height, width) of any size; padding is ignored."""
+        padded = self._pad(inputs)
+        if padded is not inputs:
+            data_samples = [sample.clone() for sample in data_samples]
+            for sample in data_samples:
+                mask_1HW = sample.gt_sem_seg.data
+                bottom, right = (whole - side for whole, side in zip(padded.shape[2:], mask_1HW.shape[1:]))
+                sample.gt_sem_seg = PixelData(
+                    data=F.pad(mask_1HW, (0, right, 0, bottom), value=self.decode_head.ignore_index)
+                )
+        return super().loss(padded, data_samples)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, classes, height, width) of normalized images (B, 3, height, width) of any size."""
@@ -132,6 +147,10 @@ class APTEncoderDecoder(EncoderDecoder):
 @MODELS.register_module()
 class ShortFinetuneEncoderDecoder(ShortFinetune, APTEncoderDecoder):
     """``APTEncoderDecoder`` in which only ConvDown and ZeroMLP train; batch norm statistics stay as they are."""
+
+
+def _adapt_state_dict(model: APTEncoderDecoder, state_dict: dict[str, Tensor], *_) -> None:
+    model.adapt_state_dict(state_dict)
 
 
 def pack(lengths: Sequence[int], budget: int | None) -> list[range]:
