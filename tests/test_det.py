@@ -82,12 +82,15 @@ def test_pyramid_equals_the_original():
         assert level.is_contiguous(), "mmcv's RoIAlign misreads other memory formats"
 
 
-def test_masks_can_be_ranked_by_maskness():
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_masks_can_be_ranked_by_maskness(class_agnostic):
     # Two masks for class 1: probabilities above one half are 0.8 everywhere, and 0.6 on one of four pixels.
-    head = MODELS.build(dict(type="MasknessMaskHead", maskness=True, num_classes=2))
+    options = dict(maskness=True, num_classes=2, class_agnostic=class_agnostic)
+    head = MODELS.build(dict(type="MasknessMaskHead", **options))
     logit = torch.tensor([0.8, 0.6, 0.3]).logit()
     logits = torch.full((2, 2, 2, 2), float(logit[2]))
     logits[0, 1], logits[1, 1, 0, 0] = logit[0], logit[1]
+    logits = logits[:, 1:] if class_agnostic else logits
     results = InstanceData(
         bboxes=torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 8]]),
         scores=torch.tensor([0.5, 1.0]),

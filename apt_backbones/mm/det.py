@@ -104,7 +104,8 @@ class MasknessMaskHead(FCNMaskHead):
 
 def _maskness(logits_NCHW: Tensor, labels_N: Tensor) -> Tensor:
     """Mean probability of each mask's foreground (N,); 0 for a mask without any."""
-    probability_NP = logits_NCHW[range(len(labels_N)), labels_N].sigmoid().flatten(1)
+    channels_N = labels_N if logits_NCHW.shape[1] > 1 else 0  # the only one is that of every class
+    probability_NP = logits_NCHW[range(len(labels_N)), channels_N].sigmoid().flatten(1)
     foreground_NP = probability_NP > 0.5
     return (probability_NP * foreground_NP).sum(1) / foreground_NP.sum(1).clamp(min=1)
 
