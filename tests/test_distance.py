@@ -65,3 +65,6 @@ def test_dropped_cells_have_side_zero(images):
     padded[:, :, 32:] = 0
     trunk = APTEva02(**TRUNK, thresholds={16: 3.0}, padding="drop").eval()
     assert feature_distance(trunk, padded).side_BHW[:, 4:].eq(0).all()
+    trunk = APTEva02(**TRUNK, thresholds={16: 3.0}, merge="random").eval()
+    sides_BHW = feature_distance(trunk, images).side_BHW
+    assert set(sides_BHW.unique().tolist()) == {0, 8} and int(sides_BHW.eq(8).sum()) == 2 * (8 + 4 * 8)

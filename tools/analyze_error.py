@@ -73,7 +73,8 @@ def analyze(model: MMModel, image: Image.Image) -> tuple[Image.Image, dict[str, 
     crops = model.crops(image)
     error = model.error(crops)
     content, merged, base = crops.content_BHW, error.side_BHW > model.trunk.patch_size, model.trunk.patch_size
-    kept = (base / error.side_BHW.clamp(min=base)).square()[content].mean()
+    tokens_BHW = (base / error.side_BHW.clamp(min=base)).square() * (error.side_BHW > 0)
+    kept = tokens_BHW[content].mean()
     errors = {
         "kept": float(kept),
         "error": error.relative(content),
