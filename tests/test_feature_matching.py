@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from apt_backbones import adapt
 from apt_backbones.distill import ViewSettings
 from apt_backbones.freeze import is_new
-from apt_backbones.mm.feature_matching import FeatureMatching, finetune_features
+from apt_backbones.mm.feature_matching import FeatureMatching, distance_from, finetune_features
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from tests.scripts import interrupt, run_script
 from tools.frozen_model import model_key
@@ -115,12 +115,25 @@ def test_probabilities(paths, tmp_path):
     assert min(curve) >= 0 and sum(curve[-5:]) < sum(curve[:5])
 
 
+@pytest.mark.parametrize("iterations", [2, 15, 20])
+def test_short_runs_reach_the_rate_that_is_asked_for(iterations, paths, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: rates.append(self.param_groups[0]["lr"]) or step(self, *args)
+    )
+    run(network(), paths, tmp_path / "run", iterations=iterations)
+    assert len(rates) == iterations and max(rates) == pytest.approx(1e-2)
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path):
     vit = network(0.0)
     with pytest.raises(ValueError, match="nothing merges"):
         FeatureMatching(vit, outputs_of(vit))
     with pytest.raises(ValueError, match="unknown loss"):
         FeatureMatching(network(), outputs_of(vit), "labels")
+    with pytest.raises(ValueError, match="no variance"):
+        distance_from(torch.randn(1, 8), torch.randn(1, 8), "features")
     save_new_layers(vit, tmp_path / "new.safetensors")
     wider = adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), {32: 5.0})
     with pytest.raises(ValueError, match=r"conv_down.bias is \(24,\) in .* and \(192,\) in the model"):

@@ -107,11 +107,16 @@ def distance_from(dense: Tensor, found: Tensor, loss: str) -> Tensor:
     Args:
         loss: "features" (squared distance over the dense features' variance, channel by channel for maps) or
             "probabilities" (Kullback-Leibler divergence from the dense ones).
+
+    Raises:
+        ValueError: "features" of a single place, which have no variance.
     """
     if loss == "probabilities":
         logarithms = [part.clamp(min=1e-8).log() for part in (dense, found)]
         return (dense * (logarithms[0] - logarithms[1])).sum(1).mean()
     over = [dim for dim in range(dense.ndim) if dim != 1]
+    if dense.numel() == dense.shape[1]:
+        raise ValueError("features of a single place have no variance; give a batch of at least 2 images")
     variance_C = dense.var(over).clamp(min=1e-6)
     if dense.ndim == 2:  # too few of a batch to tell one channel's
         variance_C = variance_C.mean()
@@ -174,7 +179,9 @@ def train(
     if iterations < 2:
         raise ValueError(f"at least 2 iterations are needed, not {iterations}")
     dataset = RandomViews(paths, views, iterations * batch, prepare)
-    warm_up = max(1, iterations // 10)
+    warm_up = iterations // 10
+    # Of a single step mmengine's LinearLR never leaves the first factor.
+    warming = [dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=warm_up)] if warm_up > 1 else []
     runner = APTRunner(
         matching,
         str(work_dir),
@@ -186,7 +193,7 @@ def train(
             optimizer=dict(type="AdamW", lr=rate, weight_decay=0.0), clip_grad=dict(max_norm=1.0, norm_type=2)
         ),
         param_scheduler=[
-            dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=warm_up),
+            *warming,
             dict(type="CosineAnnealingLR", by_epoch=False, begin=warm_up, T_max=iterations - warm_up),
         ],
         default_hooks=dict(
