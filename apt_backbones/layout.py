@@ -250,6 +250,7 @@ class PatchLayout:
         return near_BHWD.permute(0, 3, 1, 2)
 
     @cached_property
+    @torch.inference_mode(False)  # a dense layout is kept, and may be used in training later
     def is_merged_T1(self) -> Tensor:
         """Which tokens are those of merged patches."""
         return (self.side_T > self.patch_size)[:, None]

@@ -143,10 +143,11 @@ class LlavaAptSimple(lmms):
     @torch.inference_mode()
     def answer(self, texts, images, settings: dict) -> list[tuple[str, int]]:
         """Answer and its number of tokens for each prompt and list of images of one batch."""
-        until = settings.pop("until", [])
+        until = settings.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
+        settings.pop("image_aspect_ratio", None)  # of tasks, for models that can crop in several ways
         settings = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0, "top_p": None, **settings}
-        settings["do_sample"] = settings["temperature"] > 0
+        settings["do_sample"] = (settings["temperature"] or 0) > 0
         if not settings["do_sample"]:
             settings["temperature"] = settings["top_p"] = None
         inputs = self._inputs(texts, images)

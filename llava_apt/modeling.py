@@ -88,7 +88,9 @@ class LlavaAptModel(LlavaModel):
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, patch_sides=patch_sides, **features)}
         image = (mm_encoder_outputs or {}).get("image")
         if image is not None:
-            self._check_placeholders(input_ids, inputs_embeds, [len(tokens) for tokens in image.pooler_output])
+            # ``generate`` cuts its prefill, and image features with it; slices come without a layout.
+            if getattr(image, "layout", None) is not None:
+                self._check_placeholders(input_ids, inputs_embeds, [len(tokens) for tokens in image.pooler_output])
         elif torch.is_grad_enabled() and self._trains_image_path():
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -126,6 +126,15 @@ def test_answers_end_where_the_task_says(checkpoint):
     assert [result.text for result in lm.generate_until(instances)] == [text.split(word)[0].strip() for text in whole]
 
 
+def test_settings_that_tasks_have_for_other_models_change_nothing(checkpoint):
+    lm = model(checkpoint)
+    _, instances = prepare(lm, "simple", max_new_tokens=5)
+    expected = [result.text for result in lm.generate_until(instances)]
+    for settings in (dict(image_aspect_ratio="original"), dict(until=None), dict(temperature=None)):
+        _, instances = prepare(lm, "simple", max_new_tokens=5, **settings)
+        assert [result.text for result in lm.generate_until(instances)] == expected
+
+
 def test_loglikelihood_is_that_of_the_continuation(checkpoint):
     lm = model(checkpoint)
     docs, instances = prepare(lm, "loglikelihood")

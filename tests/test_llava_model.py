@@ -62,6 +62,29 @@ def test_thresholds_off_equals_stock(checkpoint, stock, thresholds, batch):
     assert torch.equal(model.generate(**inputs, **settings), stock_llava.generate(**expected_inputs, **settings))
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_a_prompt_may_be_read_in_chunks(checkpoint, chunk):
+    model, processor = load(checkpoint, **ON)
+    text = "USER: <image> what <image> a dog ? ASSISTANT:"
+    inputs = processor(images=[photo(1), photo(2)], text=[text], return_tensors="pt")
+    settings = dict(max_new_tokens=5, do_sample=False)
+    assert torch.equal(
+        model.generate(**inputs, **settings, prefill_chunk_size=chunk), model.generate(**inputs, **settings)
+    )
+
+
+def test_a_tower_that_was_dense_in_a_test_trains(checkpoint):
+    model, processor = load(checkpoint, thresholds={28: 2.0}, adapter_rank=2)
+    model.config.vision_config.thresholds = {}
+    inputs = processor(images=[photo(1)], text=[PROMPT], return_tensors="pt")
+    inputs.pop("patch_sides", None)
+    with torch.inference_mode():
+        dense = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    trained = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    trained.sum().backward()
+    assert torch.equal(trained, dense)
+
+
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @pytest.mark.parametrize("layer", [-2, [-2, -1]])
 def test_feature_layers_and_strategies_equal_stock(strategy, layer):
