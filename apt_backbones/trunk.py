@@ -145,7 +145,6 @@ class AdaptiveTrunk(nn.Module):
             TypeError: blocks that cannot run on packed tokens.
             ValueError: thresholds, window, blocks or modes that do not fit together; the message says which.
         """
-        rope_position = "center" if rope_position == "centre" else rope_position  # configurations of version 0.1
         thresholds = clean_thresholds(thresholds, self.patch_size)
         check_scorer(scorer, tuple(thresholds))
         check_choice("padding", padding, PADDING_MODES)

@@ -174,7 +174,7 @@ def trunk_gflops(config, row):
 
 def test_whole_segmenters_run_with_both_heads(folder, monkeypatch):
     config = ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"
-    options = ["--whole", "--stages", "--heads", "plain,fast", "--modes", "dense,packed,apt", "--batch-size", 2]
+    options = ["--whole", "--stages", "--heads", "reference,fast", "--modes", "dense,packed,apt", "--batch-size", 2]
     rows = rows_of(run(monkeypatch, folder, *options, model=config)["results"][0])
     assert list(rows) == [
         f"{mode} ({head} head)" for mode in ("dense", "packed", "apt 0.7") for head in ("reference", "fast")

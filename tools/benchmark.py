@@ -40,8 +40,6 @@ from benchmarks.hosts import INFERENCE
 from benchmarks.measure import measure
 from tools.machine import add_device_argument
 
-OLD_HEADS = {"plain": "reference", "cheap": "fast"}
-
 
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
@@ -75,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     if args.blocks and args.whole:
         parser.error("--blocks is for trunks alone")
     modes = args.modes.split(",") if args.modes else []
-    heads = [OLD_HEADS.get(head, head) for head in args.heads.split(",")] if args.heads else []
+    heads = args.heads.split(",") if args.heads else []
     if unknown := set(modes) - set(MODES):
         parser.error(f"unknown modes {', '.join(sorted(unknown))}; choose from {', '.join(MODES)}")
     if unknown := set(heads) - set(INFERENCE):

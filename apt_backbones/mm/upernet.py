@@ -28,7 +28,6 @@ class FastUPerHead(UPerHead):
 
     def __init__(self, *args, inference: Literal["fast", "reference"] = "fast", **kwargs):
         super().__init__(*args, **kwargs)
-        inference = {"cheap": "fast", "plain": "reference"}.get(inference, inference)  # configurations of version 0.1
         if inference not in ("fast", "reference"):
             raise ValueError(f"decode_head.inference is {inference!r}; choose 'fast' or 'reference'")
         if inference == "fast" and type(self.fpn_bottleneck.conv) is not torch.nn.Conv2d:
