@@ -25,30 +25,22 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=(*meta_keys, "instances")),
 ]
 loader = dict(num_workers=1, persistent_workers=True)
-dataset = dict(
-    type="XMLDataset",
-    data_root=data_root,
-    metainfo=dict(classes=("RBC", "WBC", "Platelets")),
-    data_prefix=dict(sub_data_root=""),
+tested = dict(**loader, batch_size=1, sampler=dict(type="DefaultSampler", shuffle=False))
+training, validation, test = (
+    dict(
+        type="XMLDataset",
+        data_root=data_root,
+        metainfo=dict(classes=("RBC", "WBC", "Platelets")),
+        ann_file=f"ImageSets/Main/{split}.txt",
+        data_prefix=dict(sub_data_root=""),
+        test_mode=split != "train",
+        pipeline=train_pipeline if split == "train" else test_pipeline,
+    )
+    for split in ("train", "val", "test")
 )
-train_dataloader = dict(
-    **loader,
-    batch_size=8,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(**dataset, ann_file="ImageSets/Main/train.txt", pipeline=train_pipeline),
-)
-val_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(**dataset, ann_file="ImageSets/Main/val.txt", test_mode=True, pipeline=test_pipeline),
-)
-test_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(**dataset, ann_file="ImageSets/Main/test.txt", test_mode=True, pipeline=test_pipeline),
-)
+train_dataloader = dict(**loader, batch_size=8, sampler=dict(type="InfiniteSampler", shuffle=True), dataset=training)
+val_dataloader = dict(**tested, dataset=validation)
+test_dataloader = dict(**tested, dataset=test)
 val_evaluator = test_evaluator = dict(type="CocoMetric", metric="bbox")
 # The paper's threshold for detection, in bits of entropy; and what measurements favour instead
 # (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
@@ -56,4 +48,4 @@ adaptive = dict(thresholds={28: 2.0})
 learned = dict(
     scorer="checkpoints/bccd_scorer.safetensors", thresholds={28: 0.002}, merge="resizing", map_fill="interpolate"
 )
-del loader, dataset, resized, meta_keys
+del loader, tested, training, validation, test, resized, meta_keys

@@ -21,25 +21,19 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 loader = dict(num_workers=1, persistent_workers=True)
-dataset = dict(type="CamVidDataset", data_root=data_root)
-train_dataloader = dict(
-    **loader,
-    batch_size=8,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(**dataset, data_prefix=dict(img_path="train", seg_map_path="trainannot"), pipeline=train_pipeline),
+tested = dict(**loader, batch_size=1, sampler=dict(type="DefaultSampler", shuffle=False))
+training, validation, test = (
+    dict(
+        type="CamVidDataset",
+        data_root=data_root,
+        data_prefix=dict(img_path=split, seg_map_path=f"{split}annot"),
+        pipeline=train_pipeline if split == "train" else test_pipeline,
+    )
+    for split in ("train", "val", "test")
 )
-val_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(**dataset, data_prefix=dict(img_path="val", seg_map_path="valannot"), pipeline=test_pipeline),
-)
-test_dataloader = dict(
-    **loader,
-    batch_size=1,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(**dataset, data_prefix=dict(img_path="test", seg_map_path="testannot"), pipeline=test_pipeline),
-)
+train_dataloader = dict(**loader, batch_size=8, sampler=dict(type="InfiniteSampler", shuffle=True), dataset=training)
+val_dataloader = dict(**tested, dataset=validation)
+test_dataloader = dict(**tested, dataset=test)
 val_evaluator = test_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 # The paper's threshold for segmentation, in bits of entropy; and what measurements favour instead
 # (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
@@ -47,4 +41,4 @@ adaptive = dict(thresholds={28: 5.75})
 learned = dict(
     scorer="checkpoints/camvid_scorer.safetensors", thresholds={28: 0.02}, merge="resizing", map_fill="interpolate"
 )
-del loader, dataset, load_mask
+del loader, tested, training, validation, test, load_mask

@@ -2,7 +2,6 @@
 
 _base_ = "runtime.py"
 data_root = "data/photoshapes"
-dataset = dict(type="PhotoShapesDataset", data_root=data_root)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
@@ -20,27 +19,21 @@ test_pipeline = [
     dict(type="CheckSegMap", num_classes=2),
     dict(type="PackSegInputs"),
 ]
+training, validation = (
+    dict(
+        type="PhotoShapesDataset",
+        data_root=data_root,
+        data_prefix=dict(img_path=f"images/{split}", seg_map_path=f"annotations/{split}"),
+        pipeline=train_pipeline if split == "training" else test_pipeline,
+    )
+    for split in ("training", "validation")
+)
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
+    batch_size=4, num_workers=0, sampler=dict(type="InfiniteSampler", shuffle=True), dataset=training
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
+val_dataloader = test_dataloader = dict(
+    batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=validation
 )
-test_dataloader = val_dataloader
 # The second one counts only pixels within 3 pixels of a border between classes.
 val_evaluator = [
     dict(type="IoUMetric", iou_metrics=["mIoU"]),
@@ -58,3 +51,4 @@ learned = dict(
     merge="resizing",
     map_fill="interpolate",
 )
+del training, validation
