@@ -117,8 +117,8 @@ def test_predictions_are_drawn_beside_the_patches(tmp_path, monkeypatch):
         ([TOOL, "--resize", "0"], "--resize must be at least 1"),
         ([TOOL, "--resize", "100000"], "--resize 100000 would take gigabytes; use at most 8192"),
         ([TOOL], "is not a readable image"),
-        ([TOOL, "--thresholds", "5.5"], "thresholds must be SIZE:THRESHOLD"),
-        ([TOOL, "--thresholds", "64:5.5"], r"must be [32]"),
+        ([TOOL, "--thresholds", "5.5"], "thresholds must be SIZE=THRESHOLD"),
+        ([TOOL, "--thresholds", "64=5.5"], r"must be [32]"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, monkeypatch, tmp_path):

@@ -3,8 +3,8 @@
 
 examples:
   python tools/visualize.py photo.jpg
-  python tools/visualize.py photos/ --resize 1536 --thresholds 32:5.5 64:5 128:4 --out-dir pictures
-  python tools/visualize.py photo.jpg --patch-size 14 --resize 336 --thresholds 28:5.75 --show both
+  python tools/visualize.py photos/ --resize 1536 --thresholds 32=5.5 64=5 128=4 --out-dir pictures
+  python tools/visualize.py photo.jpg --patch-size 14 --resize 336 --thresholds 28=5.75 --show both
   python tools/visualize.py clip.mp4 --resize 640 --format gif
   python tools/visualize.py photo.jpg --config det_configs/eva02_l_apt_1536.py
   python tools/visualize.py data/photoshapes/images/validation/000001.jpg \\
@@ -42,11 +42,11 @@ console = Console(stderr=True)
 
 
 def parse_thresholds(items: list[str], patch_size: int) -> dict[int, float]:
-    """["32:5.5", "64:5"] -> {32: 5.5, 64: 5.0}."""
+    """["32=5.5", "64=5"] -> {32: 5.5, 64: 5.0}."""
     try:
-        thresholds = {int(size): float(threshold) for size, threshold in (item.split(":") for item in items)}
+        thresholds = {int(size): float(threshold) for size, threshold in (item.split("=") for item in items)}
     except ValueError:
-        raise ValueError(f"thresholds must be SIZE:THRESHOLD, e.g. 32:5.5 64:5; got {' '.join(items)}") from None
+        raise ValueError(f"thresholds must be SIZE=THRESHOLD, e.g. 32=5.5 64=5; got {' '.join(items)}") from None
     return check_thresholds(thresholds, patch_size)
 
 
