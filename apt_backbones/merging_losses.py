@@ -23,13 +23,12 @@ OUTPUTS = ("probabilities", "features")
 Losses = Callable[[Tensor], list[Tensor]]
 
 
-def cell_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[int], kind: str = "probabilities") -> Losses:
+def cell_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> Losses:
     """``merging_losses`` of an output with a value per cell.
 
     Args:
-        outputs: float images (B, 3, height, width) in 0..255 to maps (B, C, ...) of any resolution.
+        outputs: float images (B, 3, height, width) in 0..255 to probabilities (B, C, ...) of any resolution.
         sizes: patch sides in pixels, each twice the one before; the base patch is half the first.
-        kind: see ``merging_losses``.
     """
     p = sizes[0] // 2
 
@@ -37,7 +36,7 @@ def cell_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[int], kind:
     def losses(pixels: Tensor) -> list[Tensor]:
         grid = [side // p for side in pixels.shape[2:]]
         cells = F.adaptive_avg_pool2d(outputs(pixels).float(), grid)
-        return merging_losses(cells, [size // p for size in sizes], kind)
+        return merging_losses(cells, [size // p for size in sizes])
 
     return losses
 
@@ -62,7 +61,8 @@ def image_losses(
     Raises:
         ValueError: an unknown kind.
     """
-    _check(kind)
+    if kind not in OUTPUTS:
+        raise ValueError(f"unknown kind of output {kind!r}; choose one of {', '.join(OUTPUTS)}")
     factors = [size // trunk.patch_size for size in sizes]
 
     def losses(pixels: Tensor) -> list[Tensor]:
@@ -110,23 +110,20 @@ def _embedded_tokens(trunk: AdaptiveTrunk, sizes: Sequence[int]) -> Iterator[lis
         handle.remove()
 
 
-def merging_losses(maps_BCHW: Tensor, factors: Sequence[int], kind: str = "probabilities") -> list[Tensor]:
-    """What is lost if all cells of a patch get the mean output: float32 (B, H // factor, W // factor) per factor.
+def merging_losses(maps_BCHW: Tensor, factors: Sequence[int]) -> list[Tensor]:
+    """What is lost if all cells of a patch get the mean output, their Jensen-Shannon divergence in nats: float32 (B,
+    H // factor, W // factor) per factor.
 
     Args:
-        maps_BCHW: output on the base cells.
+        maps_BCHW: probabilities on the base cells.
         factors: side of the patches in cells.
-        kind: "probabilities" (channels add up to 1; the Jensen-Shannon divergence of the cells, in nats) or
-            "features" (squared distance to the mean).
     """
-    _check(kind)
     maps_BCHW, losses = maps_BCHW.float(), []
-    # The mean of the cells' own term less the term of their mean.
-    term = (lambda x: torch.special.xlogy(x, x).sum(1)) if kind == "probabilities" else lambda x: x.square().sum(1)
-    term_BHW = term(maps_BCHW)
+    entropy_B1HW = -torch.special.xlogy(maps_BCHW, maps_BCHW).sum(1, keepdim=True)
     for factor in factors:
-        mean, mean_term = _patch_mean(maps_BCHW, factor), _patch_mean(term_BHW[:, None], factor)[:, 0]
-        losses.append((mean_term - term(mean)).clamp(min=0))
+        mean_BCHW, mean_entropy_B1HW = _patch_mean(maps_BCHW, factor), _patch_mean(entropy_B1HW, factor)
+        entropy_of_mean_BHW = -torch.special.xlogy(mean_BCHW, mean_BCHW).sum(1)
+        losses.append((entropy_of_mean_BHW - mean_entropy_B1HW[:, 0]).clamp(min=0))
     return losses
 
 
@@ -163,11 +160,6 @@ class Prototypes:
         """Probabilities (B, K, H, W)."""
         cells = ((maps_BCHW.float() - self.center) / self.spread).permute(0, 2, 3, 1)
         return (_nearness(cells, self.prototypes) / self.temperature).softmax(3).permute(0, 3, 1, 2)
-
-
-def _check(kind: str) -> None:
-    if kind not in OUTPUTS:
-        raise ValueError(f"unknown kind of output {kind!r}; choose one of {', '.join(OUTPUTS)}")
 
 
 def _nearness(cells: Tensor, prototypes: Tensor) -> Tensor:

@@ -18,12 +18,6 @@ def test_losses_are_divergences():
     apart = torch.eye(4).view(1, 4, 2, 2)
     assert float(merging_losses(same, (2,))[0]) == pytest.approx(0, abs=1e-6)
     assert float(merging_losses(apart, (2,))[0]) == pytest.approx(torch.tensor(4.0).log().item())
-    features = torch.randn(2, 5, 4, 4)
-    blocks = features.unflatten(2, (2, 2)).unflatten(4, (2, 2))
-    variance = (blocks - blocks.mean((3, 5), keepdim=True)).square().sum(1).mean((2, 4))
-    torch.testing.assert_close(merging_losses(features, (2,), "features")[0], variance)
-    with pytest.raises(ValueError, match="unknown kind of output 'labels'; choose one of probabilities, features"):
-        merging_losses(features, (2,), "labels")
 
 
 def test_an_output_of_any_resolution_is_averaged_over_cells():
