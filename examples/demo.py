@@ -17,13 +17,12 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from tools.cli import parser_of
 from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
 from examples.report import AFTER, BEFORE, DENSE, listed, write_report
 from tools.machine import hardware
+from tools.mm_config import add_settings_argument
 from tools.results import columns, read_table
 from tools.steps import Steps, console, fingerprint, run
 
@@ -59,10 +58,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=4, help="images to draw (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data/photoshapes_big"), help="for llava (%(default)s)")
     parser.add_argument("--limit", type=int, default=600, help="for llava: questions to answer (%(default)s)")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, help="for det and seg: settings that replace the configs'"
-    )
-    return parser.parse_args()
+    add_settings_argument(parser)
+    args = parser.parse_args()
+    if not 0 < args.removed < 1:
+        parser.error("--removed takes a share between 0 and 1")
+    return args
 
 
 def content_of(args: argparse.Namespace, folder: Path, command: str) -> dict:

@@ -20,7 +20,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -29,7 +29,7 @@ from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_map
 from examples.report import AFTER, BEFORE, DENSE, LEARNED, SMALLER_DENSE, write_report
 from tools.compare import metrics_of
 from tools.machine import hardware
-from tools.mm_config import advice_for
+from tools.mm_config import add_settings_argument, advice_for, merge_number_keys
 from tools.mm_runs import (
     TIMED_IMAGES,
     TIMED_ROUNDS,
@@ -100,6 +100,7 @@ class Experiment:
         with quiet():  # the toolboxes are imported
             cfg = Config.fromfile(ROOT / path)
         cfg.merge_from_dict(self.options)
+        merge_number_keys(cfg._cfg_dict)
         return cfg
 
     def adapted(self, path: str, scale: float = 1.0) -> Config:
@@ -307,10 +308,10 @@ def main() -> None:
         "--work-dir", type=Path, default=Path("work_dirs"), help="for checkpoints, in a folder per task (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the tables (%(default)s)")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, help="settings that replace those of all configs: key=value"
-    )
+    add_settings_argument(parser)
     args = parser.parse_args()
+    if not 0 < args.removed < 1:
+        parser.error("--removed takes a share between 0 and 1")
     experiment = Experiment(args.task, args.dense, args.removed, args.work_dir / args.task, args.cfg_options)
     command = shlex.join(["examples/photoshapes_results.py", *sys.argv[1:]])
     print(write_report(args.out / f"photoshapes_{args.task}.json", experiment.report(command)))
