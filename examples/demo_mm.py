@@ -30,7 +30,8 @@ python tools/test.py det_configs/eva02_l_apt_1536.py work_dirs/det/eva02_l_apt_1
 python tools/benchmark.py det_configs/eva02_l_apt_1536.py --keep 0.7""",
     "seg": """\
 python tools/convert_checkpoint.py eva02-seg eva02_L_ade_seg_upernet_sz512.pth checkpoints/eva02_l_seg_512.pth
-python tools/calibrate.py --images data/ade --config seg_configs/eva02_l_apt_512.py --keep 0.7
+python tools/calibrate.py --config seg_configs/eva02_l_apt_512.py --keep 0.7 \\
+    --images data/ade/ADEChallengeData2016/images
 python tools/train.py seg_configs/eva02_l_apt_512.py
 python tools/test.py seg_configs/eva02_l_apt_512.py work_dirs/seg/eva02_l_apt_512/iter_4000.pth
 python tools/benchmark.py seg_configs/eva02_l_apt_512.py --keep 0.7""",

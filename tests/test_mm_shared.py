@@ -16,9 +16,22 @@ from apt_backbones import PatchLayout, read_checkpoint
 from apt_backbones.mm import APTEva02, APTRunner
 from apt_backbones.mm.hooks import count_tokens, token_shares
 from apt_backbones.mm.optimizer import layer_of
+from tests.scripts import ROOT
+from tools.mm_config import advice_for, read_config
 
 TRUNK = dict(img_size=64, patch_size=8, embed_dim=16, depth=2, num_heads=2, pretrain_img_size=32)
 THRESHOLDS = {16: 3.0, 32: 3.0}
+
+
+CONFIGS = sorted(path for task in ("det", "seg", "cls") for path in ROOT.glob(f"{task}_configs/*.py"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[f"{path.parent.name}/{path.stem}" for path in CONFIGS])
+def test_whoever_lacks_a_configurations_data_is_told_where_it_comes_from(config):
+    cfg = read_config(str(config), import_custom_modules=False)
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        root = (cfg.get(loader) or {}).get("dataset", {}).get("data_root")
+        assert root is None or advice_for(root) != advice_for("anywhere"), root
 
 
 class Toy(BaseModel):

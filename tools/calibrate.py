@@ -162,7 +162,7 @@ def main() -> None:
     add("--images", nargs="+", required=True, metavar="IMAGE|DIR", help="images like yours")
     add("--keep", type=float, required=True, help="share of tokens to keep, e.g. 0.7, without the padding of batches")
     add("--config", help="take sizes, scorer and image size from this config, or from the folder of a LLaVA model")
-    add("--sizes", type=int, nargs="+", help="merged patch sizes, e.g. 32 64 (base: 16)")
+    add("--sizes", type=int, nargs="+", help="merged patch sizes, e.g. 32 64; the base patch is half of the first")
     add(
         "--scorer",
         metavar="NAME|FILE",

@@ -30,7 +30,7 @@ ZOOM = (0.9, 1.25)  # of images in the views of training
 
 def main() -> None:
     parser = parser_of(__doc__)
-    add_model_arguments(parser, "the tuned weights go")
+    add_model_arguments(parser, "the tuned weights go", "configuration of a segmenter or classifier")
     add = parser.add_argument
     shares = [*KEEP, round(BELOW * min(KEEP), 2)]
     add("--keep", type=float, nargs="+", default=shares, help="tokens of smaller images, shares (0.9 to 0.43)")

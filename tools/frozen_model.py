@@ -27,10 +27,13 @@ TARGETS = ("head", "features", "pooled")
 LARGEST_VIEW = 512
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+ANY_MODEL = "configuration of an adaptive model, folder of a LLaVA, or name of a timm ViT"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, what: str, model: str = ANY_MODEL) -> None:
     """The flags of a tool that trains ``what`` on one of a frozen model's outputs."""
     add = parser.add_argument
-    add("model", help="configuration of an adaptive model, folder of a LLaVA, or name of a timm ViT")
+    add("model", help=model)
     add(
         "--images",
         nargs="+",
@@ -127,7 +130,7 @@ class Frozen(NamedTuple):
         Classifiers see no padding, so their views are filled.
 
         Raises:
-            ValueError: more than two sides are asked for, or the image holds no unit.
+            ValueError: more than two sides are asked for, or what is asked for or the image holds no unit.
         """
         if asked and len(asked) > 2:
             raise ValueError("--view takes one side, or height and width")
@@ -136,6 +139,10 @@ class Frozen(NamedTuple):
             raise ValueError(
                 f"the model sees the first image as {seen[0]} x {seen[1]} pixels, which hold no patch of {unit}; give "
                 "larger --images"
+            )
+        if asked and min(asked) < unit:
+            raise ValueError(
+                f"--view {' '.join(map(str, asked))} holds no patch of {unit} pixels; give at least {2 * unit}"
             )
         sides = asked or [min(side, LARGEST_VIEW) for side in seen]
         height, width = (max(2, side // unit) * unit for side in (*sides, *sides)[:2])

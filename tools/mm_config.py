@@ -21,6 +21,7 @@ SOURCES = {
     "data/bccd": "put the folder BCCD of github.com/Shenggan/BCCD_Dataset there",
     "data/nuclei": "make it with: python examples/make_nuclei.py kaggle-dsbowl-2018-dataset-fixes/stage1_train "
     "data/nuclei",
+    "data/receipts": "make it with: python examples/make_receipts.py ICDAR-2019-SROIE/data data/receipts",
     "data/photoshapes": "make it with: python examples/make_photoshapes.py data/photoshapes",
     "data/photoshapes_big": "make it with: python examples/make_photoshapes.py data/photoshapes_big "
     "--train 8000 --val 400 --size 192 --min-diameter 0.2",

@@ -43,7 +43,7 @@ def read_table(path: Path, run: str = "") -> list[Result]:
             result.relative_speed = result.speed and result.speed / results[0].speed
         return results
     except (KeyError, TypeError, ValueError) as error:  # the last: no JSON, or no text at all
-        raise ValueError(f"{path} is not a table of results on PhotoShapes") from error
+        raise ValueError(f"{path} is not a table of tools/equal_tokens.py or of results on PhotoShapes") from error
 
 
 def columns(results: list[Result], digits: int = 2) -> dict[str, list[str]]:
