@@ -336,7 +336,7 @@ def table_of(report: dict) -> str:
     for title in lines[0]["metrics"]:
         cells[title] = [f"{line['metrics'][title]:.2f}{gain_of(line, title, 'tokens')}" for line in lines]
     cells["images/s"] = [f"{line['per_second']:.2f}" for line in lines]
-    cells[f"{first} over as much time"] = [gain_of(line, first, "time").strip(" ()") for line in lines]
+    cells[f"{first} gain at equal time"] = [gain_of(line, first, "time").strip(" ()") for line in lines]
     return markdown(cells)
 
 
