@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from apt_backbones import load_converted
-from apt_backbones.mm.seg_data import BoundaryIoUMetric, border_band
+from apt_backbones.mm.seg_data import TrimapIoUMetric, border_band
 from tests.test_seg_model import config
 
 
@@ -110,7 +110,7 @@ def test_border_miou_sees_errors_at_borders_only():
     shifted = label.roll(2, dims=2)
 
     def figures(prediction):
-        metric = BoundaryIoUMetric(width=3, iou_metrics=["mIoU"], prefix="border")
+        metric = TrimapIoUMetric(width=3, iou_metrics=["mIoU"], prefix="border")
         metric.dataset_meta = dict(classes=("a", "b"))
         sample = dict(pred_sem_seg=dict(data=prediction), gt_sem_seg=dict(data=label))
         metric.process({}, [sample])

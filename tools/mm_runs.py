@@ -29,7 +29,7 @@ from tools.patch_settings import native_side
 from tools.steps import console, track
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
-SUMS_OVER_IMAGES = ("IoUMetric", "BoundaryIoUMetric", "TopAccuracy")
+SUMS_OVER_IMAGES = ("IoUMetric", "TrimapIoUMetric", "TopAccuracy")
 
 
 @contextlib.contextmanager

@@ -107,8 +107,9 @@ class CheckSegMap(BaseTransform):
 
 
 @METRICS.register_module()
-class BoundaryIoUMetric(IoUMetric):
-    """mmseg's ``IoUMetric`` over the pixels at most ``width`` pixels (in a square) from one of another class.
+class TrimapIoUMetric(IoUMetric):
+    """mmseg's ``IoUMetric`` over a trimap: the pixels at most ``width`` pixels (in a square) from one of another class,
+    as Kohli et al. (IJCV 2009) evaluate borders.
 
     Args:
         width: in pixels of the original image.

@@ -40,7 +40,7 @@ test_dataloader = dict(**tested, dataset=test)
 # The second one counts only pixels within 3 pixels of a border between classes.
 val_evaluator = test_evaluator = [
     dict(type="IoUMetric", iou_metrics=["mIoU"]),
-    dict(type="BoundaryIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
+    dict(type="TrimapIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
 ]
 # The paper's threshold for segmentation, in bits of entropy, for both sizes; and what measurements favour instead
 # (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.

@@ -37,7 +37,7 @@ val_dataloader = test_dataloader = dict(
 # The second one counts only pixels within 3 pixels of a border between classes.
 val_evaluator = [
     dict(type="IoUMetric", iou_metrics=["mIoU"]),
-    dict(type="BoundaryIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
+    dict(type="TrimapIoUMetric", iou_metrics=["mIoU"], width=3, prefix="border"),
 ]
 test_evaluator = val_evaluator
 # examples/photoshapes_results.py seg calibrates its own to a token budget. Scored by the Laplacian: entropy is low
