@@ -73,7 +73,7 @@ class FusedLinears:
         # They have the model's shapes, not the batch's: a compiled block may rely on them.
         for fused in (weight, bias):
             torch._dynamo.mark_static(fused)
-        self._weight, self._bias, self._layers = weight, bias, layers  # another thread may fuse, too: last, and as one
+        self._weight, self._bias, self._layers = weight, bias, layers  # last: other threads may ask meanwhile
         return weight, bias
 
 
