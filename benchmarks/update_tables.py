@@ -51,6 +51,7 @@ OWN_TESTS = (
     ("nuclei, UperNet, mIoU", "nuclei_upernet", "mIoU", None),
     ("nuclei, boxes of a small detector, mAP", "nuclei_det", "box mAP", None),
     ("text on receipts, linear head, mIoU", "receipts_seg", "mIoU", None),
+    ("text on receipts, UperNet, mIoU", "receipts_upernet", "mIoU", None),
     ("blood cells, boxes of a small detector, mAP", "bccd_det", "box mAP", None),
 )
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without

@@ -171,6 +171,7 @@ def fill(folder: Path) -> None:
         ("seg", "linear_dense_nuclei"),
         ("seg", "linear_dense_receipts"),
         ("seg", "upernet_dense_nuclei"),
+        ("seg", "upernet_dense_receipts"),
         ("det", "dense_bccd"),
         ("det", "dense_nuclei"),
     ):
