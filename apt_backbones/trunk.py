@@ -328,6 +328,8 @@ class AdaptiveTrunk(nn.Module):
 
     def _apply(self, *args, **kwargs) -> "AdaptiveTrunk":
         self.release_fused()
+        if hasattr(self, "_fused"):
+            self._fused = [FusedBlock() for _ in self.blocks]  # they may have become others
         return super()._apply(*args, **kwargs)
 
 
