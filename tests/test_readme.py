@@ -12,6 +12,23 @@ from tests import check_docs
 ROOT = Path(__file__).parents[1]
 
 
+def readme_row(task):
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {task}")]
+    return [float(number) for number in re.findall(r"(\d+\.\d+)", line)]
+
+
+@pytest.mark.parametrize("task, file, metric", [("detection", "det", "box mAP"), ("segmentation", "seg", "mIoU")])
+def test_the_readme_quotes_the_committed_results(task, file, metric):
+    rows = json.loads((ROOT / f"docs/results/photoshapes_{file}.json").read_text())["rows"]
+    by_title = {row["title"]: row for row in rows}
+    tuned, learned = "APT after the short fine-tune", "learned scorer, interpolated maps"
+    after, dense = by_title[tuned], by_title["dense"]
+    titles = ("dense", "dense, smaller images", "random", "resizing", tuned, learned)
+    expected = [by_title[title]["metrics"][metric] for title in titles]
+    expected += [100 * after["content_kept"], after["per_second"] / dense["per_second"]]
+    assert readme_row(task) == pytest.approx(expected, abs=0.051)
+
+
 @pytest.mark.parametrize("document", update_tables.DOCUMENTS)
 def test_tables_are_up_to_date(document):
     text = (ROOT / document).read_text()
@@ -38,3 +55,11 @@ def test_links_lead_to_files_and_headings(document):
         if heading:
             titles = re.findall(r"(?m)^#+ (.*)$", target.read_text())
             assert heading in [re.sub(r"[^\w\s-]", "", title).lower().replace(" ", "-") for title in titles], heading
+
+
+@pytest.mark.parametrize("document", check_docs.documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_tool_and_config_that_the_documents_name_exists(document):
+    for path in re.findall(
+        r"\b((?:tools|benchmarks|examples|det_configs|seg_configs)/\w+\.py)\b", document.read_text()
+    ):
+        assert (ROOT / path).exists(), path
