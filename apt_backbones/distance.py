@@ -67,18 +67,10 @@ def feature_distance(trunk: AdaptiveTrunk, images: Tensor, dense: tuple[Tensor, 
     """
     dense = dense_features(trunk, images) if dense is None else dense
     adaptive = trunk.feature_maps(images)
-    layout = trunk.last_layout
     cells = [F.avg_pool2d(maps.float(), trunk.map_scale) for part in (adaptive, dense) for maps in part]
     pairs = list(zip(cells[: len(dense)], cells[len(dense) :]))
-    # A dropped cell has no token, or repeats one of another place.
-    rows_and_columns = [torch.arange(side, device=layout.token_BHW.device) for side in layout.grid]
-    place_HW2 = torch.cartesian_prod(*rows_and_columns).view(*layout.grid, 2)
-    corner_T2 = torch.stack([layout.row_T, layout.column_T], 1)
-    inside_BHW2 = (place_HW2 - corner_T2[layout.token_BHW]) * layout.patch_size
-    side_BHW = layout.side_T[layout.token_BHW]
-    is_covered_BHW = ((inside_BHW2 >= 0) & (inside_BHW2 < side_BHW[..., None])).all(3) & (layout.token_BHW >= 0)
     return FeatureDistance(
         torch.stack([(ours - theirs).square().sum(1) for ours, theirs in pairs]),
         torch.stack([theirs.square().sum(1) for _, theirs in pairs]),
-        side_BHW.where(is_covered_BHW, 0),
+        trunk.last_layout.side_BHW,
     )

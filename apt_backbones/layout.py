@@ -61,6 +61,7 @@ class PatchLayout:
         image_T: int64 image index of every token.
         row_T, column_T: int64 top-left base cell of every token; -1 for prefix tokens.
         side_T: int64 side in pixels of every token's patch; 0 for prefix tokens.
+        side_BHW: int64 side in pixels of the patch over each base cell; 0 where the cell was dropped.
         token_BHW: int64 packed index of the token that covers each base cell; -1 where there is none.
         num_empty: how many cells of the batch have no token.
         images: segments of whole images (global attention).
@@ -77,6 +78,7 @@ class PatchLayout:
     row_T: Tensor
     column_T: Tensor
     side_T: Tensor
+    side_BHW: Tensor
     token_BHW: Tensor
     num_empty: int
     images: Segments
@@ -150,6 +152,7 @@ class PatchLayout:
             row_T=row_T,
             column_T=column_T,
             side_T=side_T,
+            side_BHW=sides_BHW,
             token_BHW=token_BHW,
             num_empty=num_empty,
             images=images,
@@ -258,8 +261,7 @@ class PatchLayout:
     @cached_property
     def _factor_B1HW(self) -> Tensor:
         """Side in cells of the patch over each cell; 0 where there is none."""
-        factor_T = self.side_T // self.patch_size
-        return factor_T[self.token_BHW.clamp(min=0)].masked_fill(self.token_BHW < 0, 0)[:, None]
+        return (self.side_BHW // self.patch_size)[:, None]
 
     @property
     def _factors(self) -> list[int]:
