@@ -17,7 +17,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from tools.cli import parser_of
+from tools.cli import check_shares, parser_of
 from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
 from examples.report import AFTER, BEFORE, DENSE, listed, write_report
@@ -60,8 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=600, help="for llava: questions to answer (%(default)s)")
     add_settings_argument(parser)
     args = parser.parse_args()
-    if not 0 < args.removed < 1:
-        parser.error("--removed takes a share between 0 and 1")
+    check_shares([args.removed], "--removed")
     return args
 
 

@@ -24,7 +24,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from tools.cli import parser_of
+from tools.cli import check_shares, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
 from examples.report import AFTER, BEFORE, DENSE, LEARNED, SMALLER_DENSE, write_report
 from tools.compare import metrics_of
@@ -310,8 +310,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the tables (%(default)s)")
     add_settings_argument(parser)
     args = parser.parse_args()
-    if not 0 < args.removed < 1:
-        parser.error("--removed takes a share between 0 and 1")
+    check_shares([args.removed], "--removed")
     experiment = Experiment(args.task, args.dense, args.removed, args.work_dir / args.task, args.cfg_options)
     command = shlex.join(["examples/photoshapes_results.py", *sys.argv[1:]])
     print(write_report(args.out / f"photoshapes_{args.task}.json", experiment.report(command)))

@@ -24,10 +24,10 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}")
 
 
-def check_shares(shares: Sequence[float]) -> None:
-    """Raise ValueError if ``--keep`` names what is no share of the tokens."""
+def check_shares(shares: Sequence[float], flag: str = "--keep") -> None:
+    """Raise ValueError if a flag names what is no share of the tokens."""
     if not all(0 < share < 1 for share in shares):
-        raise ValueError("--keep takes shares between 0 and 1, such as 0.7")
+        raise ValueError(f"{flag} takes shares between 0 and 1, such as 0.7")
 
 
 def run(main: Callable[[], object]) -> None:
