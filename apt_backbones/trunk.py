@@ -216,13 +216,19 @@ class AdaptiveTrunk(nn.Module):
             TypeError, ValueError: images that are not float RGB batches, or, with thresholds, not finite. (The dense
                 network computes NaN from NaN, as any network does.)
         """
+        return self.maps_and_layout(images, indices, norm)[0]
+
+    def maps_and_layout(
+        self, images: Tensor, indices: Sequence[int] | None = None, norm: bool = False
+    ) -> tuple[tuple[Tensor, ...], PatchLayout]:
+        """``feature_maps``, and where the tokens are that they were made of."""
         indices = self.out_indices if indices is None else indices
         indices = check_indices("indices", indices, len(self.blocks))
         maps = {}
         for index, x_TD, layout in self.run(images, until=max(indices)):
             if index in indices:
                 maps[index] = self.fill_map(index, layout, layout.to_map(self.final_norm(x_TD) if norm else x_TD))
-        return tuple(maps[index] for index in indices)
+        return tuple(maps[index] for index in indices), layout
 
     def fill_map(self, index: int, layout: PatchLayout, map_BDHW: Tensor) -> Tensor:
         """A map (B, D, H, W) that ``layout.to_map`` gave of tokens after a block, filled as ``map_fill`` and

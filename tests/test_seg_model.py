@@ -106,6 +106,64 @@ def test_every_key_is_accounted_for():
         convert_eva02({**weights, "backbone.fpn3.0.weight": torch.zeros(1)}, "seg")
 
 
+# ------------------------------------------------------------------------------------- merged patches' resolution
+
+
+def read_at_own_resolution(threshold: float, own_resolution: bool = True, **backbone) -> nn.Module:
+    """A frozen DINOv3 of four blocks, whose positions are relative to the image, and UperNet."""
+    torch.manual_seed(0)
+    cfg = config(width=384)
+    merging = dict(thresholds={32: threshold, 64: threshold}, merge="resizing", map_fill="interpolate")
+    cfg.backbone = dict(
+        type="APTTimm", model="vit_small_patch16_dinov3", out_indices=(0, 1, 2, 3), **{**merging, **backbone}
+    )
+    init_default_scope("mmseg")
+    return MODELS.build(ConfigDict(cfg, own_resolution=own_resolution)).eval()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model.encode_decode(images, [dict(img_shape=images.shape[2:])] * len(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("map_fill", ["repeat", "interpolate"])
+def test_an_image_that_merges_everywhere_is_read_as_the_smaller_image(factor, map_fill):
+    infinite = float("inf")
+    merging = dict(thresholds={32: infinite, 64: infinite if factor == 4 else 0.0}, map_fill=map_fill)
+    model, dense = read_at_own_resolution(0, **merging), read_at_own_resolution(0, thresholds=None)
+    images = torch.randn(2, 3, 256, 384)
+    smaller = nn.functional.interpolate(images, scale_factor=1 / factor, mode="bilinear")
+    head_says = dense.decode_head(dense.extract_feat(smaller))
+    expected = nn.functional.interpolate(head_says, images.shape[2:], mode="bilinear")
+    assert relative_error(logits_of(model, images), expected) < 1e-4
+    model.own_resolution = False
+    assert relative_error(logits_of(model, images), expected) > 0.01, "else nothing is tested"
+
+
+@torch.no_grad()
+def test_patches_that_do_not_merge_are_read_as_without():
+    images = busy_and_smooth(2, 150, 250)
+    model, plain = (read_at_own_resolution(6.0, own, pixel_mean=[128] * 3) for own in (True, False))
+    ours, theirs = logits_of(model, images), logits_of(plain, images)
+    sides = nn.functional.interpolate(model.backbone.trunk.last_layout.side_BHW[:, None].float(), scale_factor=16.0)
+    is_base = (sides == 16)[..., :150, :250].expand_as(ours)
+    assert 0.1 < is_base.float().mean() < 0.9
+    assert torch.equal(ours[is_base], theirs[is_base]) and not torch.isclose(ours[~is_base], theirs[~is_base]).all()
+    single = torch.cat([logits_of(model, image[None]) for image in images])
+    assert relative_error(ours, single) < 1e-5
+    nothing_merged = read_at_own_resolution(0.0), read_at_own_resolution(0.0, False)
+    assert torch.equal(*(logits_of(each, images) for each in nothing_merged))
+
+
+@torch.no_grad()
+def test_an_image_too_small_for_a_pyramid_of_large_patches_is_read_on_a_finer_grid():
+    model, plain = (read_at_own_resolution(float("inf"), own) for own in (True, False))
+    images = torch.randn(1, 3, 64, 64)  # one patch of 64 pixels, and the coarsest map has half as many cells
+    assert torch.equal(logits_of(model, images), logits_of(plain, images))
+
+
 # ------------------------------------------------------------------------------------------- sliding
 
 SLIDE = dict(mode="slide", crop_size=(64, 64), stride=(43, 43))

@@ -12,6 +12,7 @@ from ..backbones import eva02
 from ..backbones.timm_vit import adapt, load_timm
 from ..checkpoint import load_pretrained, read_checkpoint
 from ..freeze import freeze
+from ..layout import PatchLayout
 
 
 class SafeBackbone:
@@ -27,17 +28,22 @@ class SafeBackbone:
 
     test_dtype: torch.dtype | None = None
 
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+    def computed(self, images: Tensor) -> tuple[tuple[Tensor, ...], PatchLayout]:
         raise NotImplementedError
 
     def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.with_layout(images)[0]
+
+    def with_layout(self, images: Tensor) -> tuple[tuple[Tensor, ...], PatchLayout]:
+        """What ``forward`` returns, and where the tokens are that it was made of."""
         if self.test_dtype is None or not images.is_cuda or torch.is_grad_enabled():
-            return self.maps(images)
+            return self.computed(images)
         with torch.autocast("cuda", self.test_dtype):
-            return tuple(x.float() for x in self.maps(images))
+            maps, layout = self.computed(images)
+        return tuple(x.float() for x in maps), layout
 
     def init_weights(self) -> None:
         if self.init_cfg is not None and self.init_cfg["type"] not in ("Pretrained", "mmengine.Pretrained"):
@@ -61,8 +67,8 @@ class APTEva02(SafeBackbone, eva02.APTEva02, BaseModule):
         self.init_cfg = init_cfg
         self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
 
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.feature_maps(images)
+    def computed(self, images: Tensor) -> tuple[tuple[Tensor, ...], PatchLayout]:
+        return self.maps_and_layout(images)
 
     def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
         load_pretrained(self, state_dict)
@@ -126,8 +132,8 @@ class APTTimm(SafeBackbone, BaseModule):
         self.norm = norm
         self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
 
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.trunk.feature_maps(images, norm=self.norm)
+    def computed(self, images: Tensor) -> tuple[tuple[Tensor, ...], PatchLayout]:
+        return self.trunk.maps_and_layout(images, norm=self.norm)
 
     def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
         prefix = "backbone.trunk."
