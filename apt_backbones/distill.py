@@ -26,6 +26,7 @@ from .merging_losses import Losses
 
 FLOOR = 0.01  # of the mean loss: below it differences are noise
 RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 0.1, 1e-2
+MAX_NORM = 1.0  # of gradients: a few patches that lose far more than was predicted would undo what was learned
 WIDTH = 48  # of a scorer
 _SHARD = 32
 
@@ -180,6 +181,7 @@ def train_scorer(
             loss = net.loss(_jittered(pixels, generator), losses, scale)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(net.trained(), MAX_NORM)
             optimizer.step()
             total, done = total + float(loss.detach()), done + 1
         curve.append(Epoch(epoch + 1, total / done, *_measure(net, held_out, scale, batch, device)))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from apt_backbones import adapt, score_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
@@ -78,6 +79,27 @@ def test_distilled_it_ranks_patches_better_than_entropy(tmp_path):
         assert torch.equal(ours[size], score_patches(unseen, SIZES, other)[size])
         assert (ours[size] >= 0).all()
     assert avoided(ours[8], true[8]) > 0.9 > 0.5 > avoided(entropy[8], true[8])
+
+
+def test_no_step_of_a_training_is_larger_for_a_patch_that_loses_far_more_than_predicted():
+    """Else a few such patches undo what was learned, as they did with what UperNet says of receipts."""
+    images, losses = scenes(8, 0)
+    losses = {size: torch.full_like(loss, 1e-3) for size, loss in losses.items()}
+    for loss in losses.values():
+        loss[3, 0, 0] = 1e3
+    norms = []
+
+    def measure(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(nn.utils.get_total_norm(gradients)))
+
+    handle = register_optimizer_step_pre_hook(measure)
+    views = Views(images.byte(), losses)
+    try:
+        train_scorer([views], [views], nn.Conv2d(3, 8, PATCH, PATCH), MEAN, STD, epochs=2, batch=2, width=8)
+    finally:
+        handle.remove()
+    assert norms and max(norms) < 1.01
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
