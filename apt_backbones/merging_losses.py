@@ -1,8 +1,9 @@
 """What merging a patch loses, by what a frozen network makes of an image: what a ``LearnedScorer`` learns.
 
 Of an output with a value per cell (``cell_losses``) it is how much that differs within the patch: the cells of a merged
-patch all get one output. Of an output of the whole image (``image_losses``) it is how much that changes if the patch's
-tokens become their mean.
+patch all get one output. Where merged patches are read at their own resolution (``smaller_image_losses``) it is how far
+what is said of a smaller image, of which the patch is one cell, is from what is said of the whole one. Of an output of
+the whole image (``image_losses``) it is how much that changes if the patch's tokens become their mean.
 
 Legend: B images, C channels of the output, H x W base cells, T tokens, D their channels.
 """
@@ -18,6 +19,7 @@ from .distance import merging_off
 from .trunk import AdaptiveTrunk
 
 OUTPUTS = ("probabilities", "features")
+LEAST = 1e-6  # probability
 
 # Float images (B, 3, height, width) in 0..255 to float32 losses (B, height // size, width // size) per size.
 Losses = Callable[[Tensor], list[Tensor]]
@@ -37,6 +39,31 @@ def cell_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> Lo
         grid = [side // p for side in pixels.shape[2:]]
         cells = F.adaptive_avg_pool2d(outputs(pixels).float(), grid)
         return merging_losses(cells, [size // p for size in sizes])
+
+    return losses
+
+
+def smaller_image_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> Losses:
+    """How far what is said of a smaller image is from what is said of the image: the mean over the patch of their
+    Kullback-Leibler divergence in nats.
+
+    Args:
+        outputs: float images (B, 3, height, width) in 0..255 to probabilities (B, C, height, width).
+        sizes: patch sides in pixels, each twice the one before; the base patch is half the first. Of the smaller image
+            a patch is one base cell.
+    """
+    p = sizes[0] // 2
+
+    @torch.no_grad()
+    def losses(pixels: Tensor) -> list[Tensor]:
+        whole_BCHW, found = outputs(pixels).float(), []
+        for size in sizes:
+            smaller_BCHW = outputs(F.avg_pool2d(pixels, size // p)).float()
+            smaller_BCHW = F.interpolate(smaller_BCHW, whole_BCHW.shape[2:], mode="bilinear")
+            ratio_BCHW = (whole_BCHW + LEAST).log() - (smaller_BCHW + LEAST).log()
+            divergence_B1HW = (whole_BCHW * ratio_BCHW).sum(1, keepdim=True).clamp(min=0)
+            found.append(_patch_mean(divergence_B1HW, size)[:, 0])
+        return found
 
     return losses
 

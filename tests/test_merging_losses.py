@@ -1,5 +1,6 @@
 """What merging a patch loses: of an output per cell how much it differs, of a whole image's how much it changes."""
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from apt_backbones import adapt
-from apt_backbones.merging_losses import Prototypes, cell_losses, image_losses, merging_losses
+from apt_backbones.distance import merging_off
+from apt_backbones.merging_losses import Prototypes, cell_losses, image_losses, merging_losses, smaller_image_losses
+from tests.scripts import ROOT
+from tools.distill_scorer import losses_of
+from tools.frozen_model import frozen_model
 
 SIZES = (8, 16)
 
@@ -27,6 +32,42 @@ def test_an_output_of_any_resolution_is_averaged_over_cells():
     for found, expected, size in zip(finer, merging_losses(of_cells, (2, 4)), SIZES):
         assert found.shape == (2, 32 // size, 48 // size)
         torch.testing.assert_close(found, expected)
+
+
+def test_read_at_its_own_resolution_a_patch_loses_what_the_smaller_image_does_not_say():
+    """A checkerboard of single pixels is gone in an image of half the size, one of 2 x 2 pixels in one of a quarter."""
+    classes = torch.zeros(1, 32, 32)
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    classes[0, :16, :16] = (rows + columns) % 2
+    classes[0, 16:, 16:] = (rows // 2 + columns // 2) % 2
+    images = (255 * classes[:, None]).expand(-1, 3, -1, -1)
+
+    def outputs(pixels):
+        share = pixels[:, :1] / 255
+        return torch.cat([share, 1 - share], 1)
+
+    half, quarter = smaller_image_losses(outputs, SIZES)(images)
+    assert half.shape == (1, 4, 4) and quarter.shape == (1, 2, 2)
+    torch.testing.assert_close(half[0, :2, :2], torch.full((2, 2), math.log(2)), rtol=0.05, atol=0)
+    assert (half[0, 0, 3], half[0, 3, 0]) == (0, 0) and half[0, 2:, 2:].max() < 0.7 * math.log(2)
+    torch.testing.assert_close(quarter[0].diag(), torch.full((2,), math.log(2)), rtol=0.05, atol=0)
+    assert quarter[0, 0, 1] < 0.05, "what the plain quarter gets from its neighbours"
+
+
+@pytest.mark.parametrize("own_resolution", [False, True])
+def test_what_a_segmenters_scorer_learns_is_what_its_way_of_reading_loses(own_resolution, tmp_path):
+    base = ROOT / "seg_configs/eva02_tiny_resizing_photoshapes.py"
+    (tmp_path / "config.py").write_text(f"_base_ = {str(base)!r}\nmodel = dict(own_resolution={own_resolution})\n")
+    weights = str(ROOT / "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors")
+    frozen = frozen_model(str(tmp_path / "config.py"), weights, None)
+    sizes, images = tuple(frozen.trunk.thresholds), (torch.rand(2, 3, 64, 64) * 255).round()
+
+    def outputs(pixels):
+        with merging_off(frozen.trunk):
+            return frozen.head(frozen.normalized(pixels))
+
+    expected = (smaller_image_losses if own_resolution else cell_losses)(outputs, sizes)(images)
+    torch.testing.assert_close(losses_of(frozen, "head", None, [], 0)(images), expected)
 
 
 def test_prototypes_tell_clusters_apart():

@@ -12,8 +12,9 @@ examples:
 
 The scorer predicts what merging a patch loses: how much the dense model's output differs within it, be that what a
 segmenter's head says (--target head), or which of some clusters of the trunk's features a cell belongs to (--target
-features; all other models); or how much what a classifier says (--target head) or reads (--target pooled) of the whole
-image changes. A configuration's own training images are taken unless --images names others.
+features; all other models). Of a segmenter with own_resolution it is how far what the head says of a smaller image is
+from what it says of the whole one. Of a classifier it is how much what it says (--target head) or reads (--target
+pooled) of the whole image changes. A configuration's own training images are taken unless --images names others.
 Then calibrate it: tools/calibrate.py --scorer scorer.safetensors. An interrupted run resumes. Runs without a GPU.
 """
 
@@ -29,7 +30,7 @@ from tools.cli import check_at_least, parser_of
 from apt_backbones.distance import merging_off
 from apt_backbones.distill import WIDTH, Epoch, ViewSettings, cut_view, make_views, train_scorer
 from apt_backbones.images import read_rgb
-from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses
+from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses, smaller_image_losses
 from tools import steps
 from tools.frozen_model import Frozen, add_model_arguments, add_target_arguments, frozen_model, images_of, model_key
 
@@ -59,7 +60,8 @@ def losses_of(frozen: Frozen, target: str, views: ViewSettings, paths: Sequence[
         with merging_off(frozen.trunk):
             return say(frozen.normalized(pixels))
 
-    return cell_losses(outputs, sizes)
+    at_own_resolution = target == "head" and frozen.own_resolution
+    return smaller_image_losses(outputs, sizes) if at_own_resolution else cell_losses(outputs, sizes)
 
 
 def plot(path: Path, curve: list[Epoch]) -> None:

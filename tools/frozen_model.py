@@ -99,6 +99,7 @@ class Frozen(NamedTuple):
             where there is neither.
         pooled: normalized images to what a classifier reads (B, C); None where nothing is pooled.
         is_classifier: whether the head is a classifier's.
+        own_resolution: whether a segmenter reads merged patches at their own resolution.
     """
 
     model: nn.Module
@@ -108,6 +109,7 @@ class Frozen(NamedTuple):
     head: Callable[[Tensor], Tensor] | None
     pooled: Callable[[Tensor], Tensor] | None = None
     is_classifier: bool = False
+    own_resolution: bool = False
 
     def seeing(self, longest: int) -> "Frozen":
         """The same model, which sees images with another longest side in pixels."""
@@ -209,8 +211,10 @@ def _of_config(config: str, weights: str) -> Frozen:
     def features(images: Tensor) -> Tensor:
         return torch.cat(mm.model.backbone(images), 1)
 
-    has_head = hasattr(mm.model, "decode_head")
-    return Frozen(mm.model, mm.trunk, settings_of(config), features, head if has_head else None)
+    if not hasattr(mm.model, "decode_head"):
+        return Frozen(mm.model, mm.trunk, settings_of(config), features, None)
+    own_resolution = getattr(mm.model, "own_resolution", False)
+    return Frozen(mm.model, mm.trunk, settings_of(config), features, head, own_resolution=own_resolution)
 
 
 def _of_classifier(config: str, cfg: "Config", weights: str) -> Frozen:
