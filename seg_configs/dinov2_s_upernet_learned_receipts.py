@@ -1,4 +1,7 @@
-"""Learned scorer and interpolated maps, for the dense model's checkpoint; the scorer is that of the linear head."""
+"""Learned scorer, and merged patches read at their own resolution, for the dense model's checkpoint; neither is trained
+with labels."""
 
 _base_ = "dinov2_s_upernet_dense_receipts.py"
-model = dict(backbone=_base_.learned)
+scorer = "checkpoints/receipts_upernet_scorer.safetensors"
+model = dict(own_resolution=True, backbone={**_base_.learned, "scorer": scorer})
+del scorer
