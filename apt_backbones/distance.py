@@ -66,11 +66,11 @@ def feature_distance(trunk: AdaptiveTrunk, images: Tensor, dense: tuple[Tensor, 
         dense: what ``dense_features`` gives for them, if that is known already.
     """
     dense = dense_features(trunk, images) if dense is None else dense
-    adaptive = trunk.feature_maps(images)
+    adaptive, layout = trunk.maps_and_layout(images)
     cells = [F.avg_pool2d(maps.float(), trunk.map_scale) for part in (adaptive, dense) for maps in part]
     pairs = list(zip(cells[: len(dense)], cells[len(dense) :]))
     return FeatureDistance(
         torch.stack([(ours - theirs).square().sum(1) for ours, theirs in pairs]),
         torch.stack([theirs.square().sum(1) for _, theirs in pairs]),
-        trunk.last_layout.side_BHW,
+        layout.side_BHW,
     )

@@ -19,7 +19,7 @@ from .distance import merging_off
 from .trunk import AdaptiveTrunk
 
 OUTPUTS = ("probabilities", "features")
-LEAST = 1e-6  # probability
+LEAST = 1e-6  # added to probabilities before their logarithm is taken
 
 # Float images (B, 3, height, width) in 0..255 to float32 losses (B, height // size, width // size) per size.
 Losses = Callable[[Tensor], list[Tensor]]
@@ -56,11 +56,12 @@ def smaller_image_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[in
 
     @torch.no_grad()
     def losses(pixels: Tensor) -> list[Tensor]:
-        whole_BCHW, found = outputs(pixels).float(), []
+        whole_BCHW = outputs(pixels).float()
+        log_BCHW, found = (whole_BCHW + LEAST).log(), []
         for size in sizes:
             smaller_BCHW = outputs(F.avg_pool2d(pixels, size // p)).float()
             smaller_BCHW = F.interpolate(smaller_BCHW, whole_BCHW.shape[2:], mode="bilinear")
-            ratio_BCHW = (whole_BCHW + LEAST).log() - (smaller_BCHW + LEAST).log()
+            ratio_BCHW = log_BCHW - (smaller_BCHW + LEAST).log()
             divergence_B1HW = (whole_BCHW * ratio_BCHW).sum(1, keepdim=True).clamp(min=0)
             found.append(_patch_mean(divergence_B1HW, size)[:, 0])
         return found

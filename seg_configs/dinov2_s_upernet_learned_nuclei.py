@@ -2,6 +2,7 @@
 with labels."""
 
 _base_ = "dinov2_s_upernet_dense_nuclei.py"
-scorer = "checkpoints/nuclei_upernet_scorer.safetensors"
-model = dict(own_resolution=True, backbone={**_base_.learned, "scorer": scorer})
-del scorer
+model = dict(
+    own_resolution=True,
+    backbone={**_base_.learned, "scorer": "checkpoints/nuclei_upernet_scorer.safetensors"},
+)

@@ -83,33 +83,30 @@ class APTEncoderDecoder(EncoderDecoder):
         if self.own_resolution:
             logits = self._read_at_own_resolution(padded, batch_img_metas)
         else:
-            logits = self._read(self.extract_feat(padded), padded.shape[2:], batch_img_metas)
+            logits = self._read(self.backbone(padded), padded.shape[2:], batch_img_metas)
         return logits[:, :, : inputs.shape[2], : inputs.shape[3]]
 
     def _read_at_own_resolution(self, images: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits as of ``encode_decode``, those of a merged patch from maps of which it is one cell."""
         maps, layout = self.backbone.with_layout(images)
         height, width = images.shape[2:]
-        side_B1HW = F.interpolate(layout.side_BHW[:, None].float(), scale_factor=float(layout.patch_size))
-        logits = self._read(self._with_neck(maps), (height, width), batch_img_metas)
+        side_B1HW = layout.refine(layout.side_BHW[:, None], layout.patch_size)
+        logits = self._read(maps, (height, width), batch_img_metas)
         for size, tokens in layout.sizes.items():
             factor = size // layout.patch_size
             grid = [-(-cells // factor) for cells in layout.grid]
             if factor == 1 or not len(tokens) or min(grid) < self._least_cells():
                 continue
             means = [F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False) for x in maps]
-            coarser = self._read(self._with_neck(means), [cells * size for cells in grid], batch_img_metas)
+            coarser = self._read(means, [cells * size for cells in grid], batch_img_metas)
             logits = torch.where(side_B1HW == size, coarser[..., :height, :width], logits)
         return logits
 
-    def _with_neck(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.neck(maps) if self.with_neck else maps
-
     def _read(self, maps: Sequence[Tensor], size: Sequence[int], batch_img_metas: list[dict]) -> Tensor:
-        """Logits (B, classes, *size) of what the head reads."""
+        """Logits (B, classes, *size) of the backbone's maps."""
         # The head takes the size of its output from here.
         metas = [{**meta, "img_shape": torch.Size(size)} for meta in batch_img_metas]
-        return self.decode_head.predict(maps, metas, self.test_cfg)
+        return self.decode_head.predict(self.neck(maps) if self.with_neck else maps, metas, self.test_cfg)
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, classes, height, width), averaged where crops overlap; crops are placed as mmseg places them."""
