@@ -43,6 +43,8 @@ from tools.compare import metrics_of
 from tools.machine import hardware
 from tools.mm_config import add_settings_argument, check_data, is_classifier, load_config
 from tools.mm_runs import (
+    TIMED_IMAGES,
+    TIMED_ROUNDS,
     Bar,
     build,
     quiet,
@@ -273,6 +275,7 @@ class Comparison:
 
         thresholds = {f"{s}{size_of(scale)}": self.calibrated(scale, s) for scale in self.merged for s in self.scorers}
         inputs = {"hardware": hardware(), "rows": rows, "thresholds": thresholds}
+        inputs |= {"images": TIMED_IMAGES, "rounds": TIMED_ROUNDS}
         return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
 
     def report(self, command: str) -> dict:

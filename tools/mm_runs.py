@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,15 +19,18 @@ from mmengine.runner import Runner
 from pycocotools.cocoeval import COCOeval, Params
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from apt_backbones.images import evenly
 from apt_backbones.mm.cls import now
+from apt_backbones.trunk import find_trunk
 from tools.mm_config import build_runner, is_classifier
 from tools.patch_settings import native_side
 from tools.steps import console, track
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
+COUNTED_IMAGES = 200  # of which the timed ones are chosen
 SUMS_OVER_IMAGES = ("IoUMetric", "TrimapIoUMetric", "TopAccuracy")
 
 
@@ -231,21 +233,19 @@ def _as_floats(metrics: dict) -> dict[str, float]:
 
 @torch.no_grad()
 def time_interleaved(runners: Mapping[str, Runner], set_up: Callable[[str], object] = str) -> dict[str, float]:
-    """Seconds per image relative to the first runner: the median over images and rounds.
+    """Seconds per image: the mean over images, of each the median over rounds relative to the first runner.
 
     Interleaved: every image goes through all models, so that whatever else the machine does hits all of them alike.
+    Images differ in how much of them merges, so those are taken that keep as many tokens as the test set does.
 
     Args:
         runners: by title; their models are ready for ``test_step``.
-        set_up: is called with a title before its model is timed.
+        set_up: is called with a title before its model is counted or timed.
     """
     first = next(iter(runners))
-    images = evenly(len(runners[first].test_dataloader.dataset), TIMED_IMAGES)
-    batches = {}
-    for runner in runners.values():
-        loader = runner.test_dataloader
-        batches[id(runner)] = [loader.collate_fn([loader.dataset[image]]) for image in images]
-    seconds = {title: [] for title in runners}
+    images = timed_images(runners, set_up)
+    batches = {id(runner): [_batch(runner, image) for image in images] for runner in runners.values()}
+    seconds = {title: np.zeros((len(images), TIMED_ROUNDS)) for title in runners}
     for index in track(range(len(images)), "images"):
         for round_ in range(TIMED_ROUNDS + 1):
             for title, runner in runners.items():
@@ -253,6 +253,37 @@ def time_interleaved(runners: Mapping[str, Runner], set_up: Callable[[str], obje
                 start = now()
                 runner.model.test_step(batches[id(runner)][index])
                 if round_:  # the first round warms up
-                    seconds[title].append(now() - start)
-    ratios = {t: statistics.median(a / b for a, b in zip(s, seconds[first])) for t, s in seconds.items()}
-    return {title: statistics.median(seconds[first]) * ratio for title, ratio in ratios.items()}
+                    seconds[title][index, round_ - 1] = now() - start
+    of_first = np.median(seconds[first], 1)
+    return {title: float(np.mean(of_first * np.median(s / seconds[first], 1))) for title, s in seconds.items()}
+
+
+def timed_images(runners: Mapping[str, Runner], set_up: Callable[[str], object]) -> list[int]:
+    """Numbers of ``TIMED_IMAGES`` images of the test set whose mean tokens, under every title, are those of the whole
+    set, as nearly as some thousand random choices come to it; arguments as of ``time_interleaved``."""
+    candidates = evenly(len(next(iter(runners.values())).test_dataloader.dataset), COUNTED_IMAGES)
+    tokens = {title: [] for title in runners}
+    for image in track(candidates, "counting tokens"):
+        batches = {id(runner): _batch(runner, image) for runner in runners.values()}
+        for title, runner in runners.items():
+            set_up(title)
+            trunk = find_trunk(runner.model)
+            inputs = runner.model.data_preprocessor(batches[id(runner)], False)["inputs"]
+            bottom, right = (-side % trunk.patch_size for side in inputs.shape[2:])
+            tokens[title].append(trunk.layout(F.pad(inputs, (0, right, 0, bottom))).num_tokens)
+    chosen = representative(np.array([*tokens.values()]), TIMED_IMAGES)
+    return [candidates[index] for index in chosen]
+
+
+def representative(costs: np.ndarray, count: int, tries: int = 5000) -> list[int]:
+    """Columns, at most ``count``, whose mean is nearest to that of all columns: of random choices the one whose largest
+    relative difference in any row is the smallest."""
+    count, chance = min(count, costs.shape[1]), np.random.default_rng(0)
+    relative = costs / costs.mean(1, keepdims=True) - 1
+    choices = [chance.choice(costs.shape[1], count, replace=False) for _ in range(tries)]
+    return sorted(min(choices, key=lambda choice: np.abs(relative[:, choice].mean(1)).max()).tolist())
+
+
+def _batch(runner: Runner, image: int) -> dict:
+    loader = runner.test_dataloader
+    return loader.collate_fn([loader.dataset[image]])
