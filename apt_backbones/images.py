@@ -63,3 +63,16 @@ def find_images(paths: list[str], suffixes: frozenset[str] = IMAGE_SUFFIXES) -> 
 def evenly(count: int, most: int | None) -> range:
     """Of so many images some that lie evenly among them, at most ``most``; None for all."""
     return range(0, count, math.ceil(count / most) if most else 1)
+
+
+def representative(costs: np.ndarray, count: int, tries: int = 5000) -> list[int]:
+    """Columns, at most ``count``, whose mean is nearest to that of all columns: of random choices the one whose largest
+    relative difference in any row is the smallest.
+
+    Args:
+        costs: of images (columns) by several measures (rows), above 0.
+    """
+    count, chance = min(count, costs.shape[1]), np.random.default_rng(0)
+    relative = costs / costs.mean(1, keepdims=True) - 1
+    choices = [chance.choice(costs.shape[1], count, replace=False) for _ in range(tries)]
+    return sorted(min(choices, key=lambda choice: np.abs(relative[:, choice].mean(1)).max()).tolist())

@@ -522,12 +522,8 @@ def main() -> None:
         for _, group in groupby(part, lambda setting: setting.plain):
             same = list(group)
             quality |= {(split, setting): found for setting, found in zip(same, study.quality(same, split))}
-    quarter = len(data.paths["test"]) // 4
-    times = study.times(
-        [s for s in settings if s.scorer != TRUE and s.seed == 0 and s.fill != "dense"],
-        lambda number, size: data.images("test", size, slice(number * quarter, number * quarter + 1)),
-        name="times" if name == task.teacher else f"{name}_times",
-    )
+    timed = [s for s in settings if s.scorer != TRUE and s.seed == 0 and s.fill != "dense"]
+    times = study.times(timed, "times" if name == task.teacher else f"{name}_times")
     for (split, setting), measured in quality.items():
         results += lines_of(setting, split, measured, times.get(setting.name))
     content = {

@@ -18,8 +18,7 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property, partial
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -113,11 +112,6 @@ class ClassStudy(Study):
         settings = [setting for setting in all_settings() if setting.adapters and setting.image == BASE]
         options = dict(batch=VIEWS_OF_A_STEP, prepare=self.prepare)
         return self.trained_layers("adapters", settings, self.vit, self.unlabelled, self.views_of_training, **options)
-
-    def milliseconds(self, settings: Sequence[Setting]) -> dict[str, float]:
-        """See ``times``."""
-        read = cache(lambda number, size: next(islice(self.images("test", size), number, None)))
-        return self.times(settings, read)
 
     @cached_property
     def with_lora(self) -> AdaptiveTrunk:
@@ -290,7 +284,7 @@ def main() -> None:
     settings = all_settings(args.also)
     tokens = {setting: float(study.features(setting)["tokens"].float().mean()) for setting in settings}
     labels, probabilities, base = study.labels[study.tested], study.probabilities(settings), Setting("dense", BASE)
-    results, times = [], study.milliseconds(settings)
+    results, times = [], study.times(settings)
     for pool in POOLS:
         values = {s: values_of(probabilities[s, pool], labels, probabilities[base, pool]) for s in settings}
         read = {"dense": [s for s in settings if s.method == "dense"]}

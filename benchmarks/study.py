@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -30,6 +31,7 @@ from apt_backbones.backbones.timm_vit import load_timm
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.distill import Views, ViewSettings, save_tensors, train_scorer
 from apt_backbones.files import write_atomically
+from apt_backbones.images import representative
 from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from apt_backbones.selection import normalize
@@ -41,6 +43,7 @@ from . import tome
 
 MODEL, PATCH, MERGED = "vit_small_patch14_dinov2", 14, 28
 DETAIL_STEPS = 400  # of learned maps
+TIMED_IMAGES = 8
 RANK, STEPS, RATE = 16, 450, 1e-4  # of adapters and LoRA, and of their training
 # Of the results' entries: what those share that differ in their seeds alone.
 point_of = itemgetter("method", "scorer", "fill", "image", "budget")
@@ -354,34 +357,28 @@ class Study:
             setattr(self.vit, name, value)
         self.vit = original
 
-    def times(
-        self,
-        settings: Sequence[Setting],
-        pixels_of: Callable[[int, tuple[int, int]], Tensor],
-        count: int = 4,
-        name: str = "times",
-    ) -> dict[str, float]:
+    def times(self, settings: Sequence[Setting], name: str = "times") -> dict[str, float]:
         """Milliseconds of CPU time per image, scoring included: batch 1, float32, one thread; settings take turns,
-        the median over three rounds is averaged over images. LoRA, being merged, takes no time.
+        the median over three rounds is averaged over images that keep as many tokens as the test split does. LoRA,
+        being merged, takes no time.
 
         Args:
-            pixels_of: the n-th of ``count`` images at a size, uint8 (1, 3, height, width).
             name: of the step.
         """
-
         measured = [setting for setting in settings if setting.method != "lora"]
 
         def measure() -> dict[str, float]:
             torch.set_num_threads(1)
-            original = self.original()
+            original, chosen, read = self.original(), self.timed_images(measured), {}
+            for size in {setting.image for setting in measured}:
+                read[size] = [pixels for number, pixels in enumerate(self.images("test", size)) if number in chosen]
             spent: dict[str, list[float]] = {setting.name: [] for setting in measured}
-            for number in track(range(count), "timing", console=console):
+            for number in track(range(len(chosen)), "timing", console=console):
                 of_image: dict[str, list[float]] = {setting.name: [] for setting in measured}
                 for warming_up in [True] * (number == 0) + [False] * 3:
                     for setting in measured:
-                        pixels = pixels_of(number, setting.image)
                         with self.as_set(setting):
-                            taken = cpu_seconds(self.forward_of(setting, original), pixels)
+                            taken = cpu_seconds(self.forward_of(setting, original), read[setting.image][number])
                         if not warming_up:
                             of_image[setting.name].append(1000 * taken)
                 for name, values in of_image.items():
@@ -391,6 +388,16 @@ class Study:
         found = self.kept(f"{name}_{digest([setting.name for setting in measured])}", measure)
         tuned = [setting for setting in settings if setting.method == "lora"]
         return found | {setting.name: found[setting._replace(method="dense").name] for setting in tuned}
+
+    @torch.inference_mode()
+    def timed_images(self, settings: Sequence[Setting]) -> list[int]:
+        """Numbers of ``TIMED_IMAGES`` of the test split whose mean tokens are near those of all, in every setting."""
+        tokens = []
+        for setting in dict.fromkeys(setting.plain for setting in settings if setting.method != "tome"):
+            with self.as_set(setting):
+                images = track(list(self.images("test", setting.image)), f"tokens, {setting.name}", console=console)
+                tokens.append([self.vit.layout(self.normalized(pixels)).num_tokens for pixels in images])
+        return representative(np.array(tokens), TIMED_IMAGES)
 
     def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
         """What is timed: for dense images timm's own network, unless maps are filled."""

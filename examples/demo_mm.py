@@ -41,8 +41,8 @@ python tools/benchmark.py seg_configs/eva02_l_apt_512.py --keep 0.7""",
 def speed_text(experiment: Experiment) -> str:
     num_timed = min(TIMED_IMAGES, len(experiment.calibration["shares"]))
     text = (
-        f"Whole model, one image at a time, without loading. {num_timed} images go through all methods, interleaved, "
-        f"{TIMED_ROUNDS} times; the table has medians."
+        f"Whole model, one image at a time, without loading. {num_timed} images, which keep as many tokens as all do, "
+        f"go through all methods, interleaved, {TIMED_ROUNDS} times; of every image the median counts."
     )
     if experiment.has_rectangles:
         text += " Padding images to a square costs tokens, too; two lines of the table do without."

@@ -122,12 +122,12 @@ def test_grocery_is_arranged_by_its_lists(tmp_path):
 def test_what_is_measured_as_well_is_timed_as_well(data, small, tmp_path):
     of_small = classes.ClassStudy(data, False, None, tmp_path, torch.float32)
     settings = [Setting("dense", size) for size in classes.SMALLER]
-    alone = of_small.milliseconds(settings[:1])
-    both = of_small.milliseconds(settings)
+    alone = of_small.times(settings[:1])
+    both = of_small.times(settings)
     assert set(both) == {setting.name for setting in settings}
-    assert of_small.milliseconds(settings[:1]) == alone and of_small.milliseconds(settings) == both, "kept"
+    assert of_small.times(settings[:1]) == alone and of_small.times(settings) == both, "kept"
     tuned = settings[0]._replace(method="lora")
-    assert of_small.milliseconds([*settings, tuned])[tuned.name] == both[settings[0].name], "LoRA is merged"
+    assert of_small.times([*settings, tuned])[tuned.name] == both[settings[0].name], "LoRA is merged"
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from apt_backbones import adapt
+from apt_backbones.images import representative
 from tools import mm_runs
 
 SIDE, SMOOTH, BUSY = 128, 9, 3  # images of 64 patches of 16 pixels
@@ -81,6 +82,6 @@ def test_the_choice_suits_every_model():
     chance = np.random.default_rng(1)
     share = chance.beta(0.5, 1, 100)
     costs = np.stack([np.full(100, 960), 960 * share, 960 * share**2, 1500 * chance.permutation(share)])
-    chosen = mm_runs.representative(costs, 10)
+    chosen = representative(costs, 10)
     assert len(set(chosen)) == 10
     assert np.abs(costs[:, chosen].mean(1) / costs.mean(1) - 1).max() < 0.05

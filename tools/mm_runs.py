@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from apt_backbones.images import evenly
+from apt_backbones.images import evenly, representative
 from apt_backbones.mm.cls import now
 from apt_backbones.trunk import find_trunk
 from tools.mm_config import build_runner, is_classifier
@@ -273,15 +273,6 @@ def timed_images(runners: Mapping[str, Runner], set_up: Callable[[str], object])
             tokens[title].append(trunk.layout(F.pad(inputs, (0, right, 0, bottom))).num_tokens)
     chosen = representative(np.array([*tokens.values()]), TIMED_IMAGES)
     return [candidates[index] for index in chosen]
-
-
-def representative(costs: np.ndarray, count: int, tries: int = 5000) -> list[int]:
-    """Columns, at most ``count``, whose mean is nearest to that of all columns: of random choices the one whose largest
-    relative difference in any row is the smallest."""
-    count, chance = min(count, costs.shape[1]), np.random.default_rng(0)
-    relative = costs / costs.mean(1, keepdims=True) - 1
-    choices = [chance.choice(costs.shape[1], count, replace=False) for _ in range(tries)]
-    return sorted(min(choices, key=lambda choice: np.abs(relative[:, choice].mean(1)).max()).tolist())
 
 
 def _batch(runner: Runner, image: int) -> dict:
