@@ -6,12 +6,15 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
+from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import ndimage
 
 from apt_backbones import load_converted
 from apt_backbones.mm.seg_data import TrimapIoUMetric, border_band
+from tests.scripts import ROOT
 from tests.test_seg_model import config
 
 
@@ -49,6 +52,17 @@ def test_masks_with_other_ids_are_refused(tmp_path):
 def test_masks_of_another_size_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mask.png is 20 x 31 pixels, its image .*image.png 20 x 30"):
         load(tmp_path, np.zeros((20, 31), np.uint8))
+
+
+@pytest.mark.parametrize("form", [".safetensors", ".pth"])
+def test_mmsegs_own_inference_takes_a_configuration_and_its_checkpoint(form, tmp_path):
+    checkpoint = ROOT / "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+    if form == ".pth":
+        torch.save({"state_dict": load_file(checkpoint)}, checkpoint := tmp_path / "weights.pth")
+    with pytest.warns(UserWarning):  # the weights alone do not say what the classes are
+        model = init_model(str(ROOT / "seg_configs/eva02_tiny_apt_photoshapes.py"), str(checkpoint), device="cpu")
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    assert inference_model(model, image).pred_sem_seg.data.shape == (1, 50, 70)
 
 
 def dataset_of(kind, root, images, masks):

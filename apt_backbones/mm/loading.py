@@ -10,7 +10,7 @@ from ..checkpoint import read_file, weights_of
 
 
 def load_safely(filename: str, map_location: object = None) -> dict:
-    """What a checkpoint holds, on the CPU, with its weights in ``state_dict``.
+    """What a checkpoint holds, on the CPU: its weights in ``state_dict``, and ``meta``, which may be empty.
 
     Raises:
         FileNotFoundError, ValueError: as ``read_checkpoint``; or it is an address instead of a file.
@@ -19,7 +19,7 @@ def load_safely(filename: str, map_location: object = None) -> dict:
         raise ValueError(f"{filename} is not a file; nothing is downloaded here: fetch it, and name the file")
     content = read_file(filename)
     has_weights = isinstance(content, dict) and ("state_dict" in content or "model" in content)
-    return content if has_weights else {"state_dict": weights_of(content, filename)}
+    return {"meta": {}, **(content if has_weights else {"state_dict": weights_of(content, filename)})}
 
 
 CheckpointLoader.register_scheme(prefixes=list(CheckpointLoader._schemes), loader=load_safely, force=True)

@@ -90,6 +90,8 @@ class CheckSegMap(BaseTransform):
         self.num_classes, self.ignore_index = num_classes, ignore_index
 
     def transform(self, results: dict) -> dict:
+        if "gt_seg_map" not in results:  # mmseg's inference takes LoadAnnotations out of the pipeline
+            return results
         mask, path = results["gt_seg_map"], results["seg_map_path"]
         if mask.shape != tuple(results["ori_shape"]):
             raise ValueError(
