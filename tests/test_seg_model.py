@@ -142,6 +142,24 @@ def test_an_image_that_merges_everywhere_is_read_as_the_smaller_image(factor, ma
     assert relative_error(logits_of(model, images), expected) > 0.01, "else nothing is tested"
 
 
+class MaskClassification(nn.Module):
+    """As Mask2FormerHead does, it takes the size of its output from ``pad_shape`` where that is known."""
+
+    def predict(self, maps, metas, test_cfg):
+        (meta,) = metas
+        return nn.functional.interpolate(maps[-1], meta.get("pad_shape", meta["img_shape"]), mode="bilinear")
+
+
+@torch.no_grad()
+def test_heads_get_the_size_of_what_they_read():
+    """Not that of the whole image, of which it is a crop, nor that before padding to whole patches."""
+    model = build()
+    model.decode_head = MaskClassification()
+    images = torch.randn(1, 3, 90, 70)
+    whole = dict(img_shape=(90, 70), pad_shape=(200, 300))
+    assert torch.equal(model.encode_decode(images, [whole]), logits_of(model, images))
+
+
 @torch.no_grad()
 def test_patches_that_do_not_merge_are_read_as_without():
     images = busy_and_smooth(2, 150, 250)

@@ -104,8 +104,9 @@ class APTEncoderDecoder(EncoderDecoder):
 
     def _read(self, maps: Sequence[Tensor], size: Sequence[int], batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, classes, *size) of the backbone's maps."""
-        # The head takes the size of its output from here.
-        metas = [{**meta, "img_shape": torch.Size(size)} for meta in batch_img_metas]
+        # Heads take the size of their output from here; mask classification prefers the second.
+        shapes = dict.fromkeys(("img_shape", "pad_shape"), torch.Size(size))
+        metas = [{**meta, **shapes} for meta in batch_img_metas]
         return self.decode_head.predict(self.neck(maps) if self.with_neck else maps, metas, self.test_cfg)
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
