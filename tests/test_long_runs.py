@@ -1,15 +1,19 @@
 """What long runs on many machines meet: interruption, damaged images, hostile checkpoints, divergence."""
 
+import logging
 import os
 import pickle
 import random
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets import AspectRatioBatchSampler
+from mmdet.engine.hooks import PipelineSwitchHook
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
@@ -190,7 +194,8 @@ def test_an_empty_or_half_written_checkpoint_is_not_taken_for_the_latest(tmp_pat
     assert latest_checkpoint(tmp_path) is None
     for name in ("iter_9.pth", ".iter_12.pth.unfinished", "last_checkpoint"):
         (tmp_path / name).touch()
-    (tmp_path / "iter_10.pth").write_bytes(b"x")
+    for name in ("iter_10.pth", "iter_11-1a2b3c4d.pth", "iter_12_old.pth"):  # as mmengine publishes, and a copy
+        (tmp_path / name).write_bytes(b"x")
     (tmp_path / "iter_8.pth").write_bytes(b"x")
     assert latest_checkpoint(tmp_path) == str(tmp_path / "iter_10.pth")
 
@@ -358,6 +363,38 @@ def test_augmentation_depends_on_the_place_in_the_run_alone():
     assert torch.equal(run(2, skipped=6), whole[6:])
     again = whole[10:]
     assert not torch.equal(again[again[:, 0].argsort()][:, 1:], whole[:10][whole[:10, 0].argsort()][:, 1:])
+
+
+class Photos(Dataset):
+    """A data set of mmdet's kind: a pipeline, and what is known of an image before it is loaded."""
+
+    def __init__(self):
+        self.pipeline = str
+
+    def __len__(self):
+        return 6
+
+    def get_data_info(self, index):
+        return {"width": 40 if index % 2 else 20, "height": 30}
+
+    def __getitem__(self, index):
+        return self.pipeline(index)
+
+
+def test_a_hook_may_exchange_the_pipeline_of_a_guarded_data_set():
+    guarded = GuardedDataset(Photos(), seed=3)
+    PipelineSwitchHook.before_train_epoch(
+        SimpleNamespace(switch_epoch=1, switch_pipeline=[dict(type="Resize", scale=(8, 8))], _has_switched=False),
+        SimpleNamespace(epoch=1, logger=logging.getLogger(), train_dataloader=DataLoader(guarded)),
+    )
+    assert guarded.dataset.pipeline is guarded.pipeline and "Resize" in repr(guarded.pipeline)
+
+
+def test_images_are_batched_by_their_shape():
+    guarded = GuardedDataset(Photos(), seed=3)
+    sampler = PositionSampler(dict(type="DefaultSampler"), guarded, seed=5)
+    batches = list(DataLoader(guarded, batch_sampler=AspectRatioBatchSampler(sampler, 3)))
+    assert sorted(sorted(batch) for batch in batches) == [["0", "2", "4"], ["1", "3", "5"]]
 
 
 def test_a_diverged_run_ends_with_an_error_and_no_checkpoint(config, train, tmp_path):

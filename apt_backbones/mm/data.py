@@ -43,6 +43,16 @@ class GuardedDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """What hooks exchange, such as the pipeline, is the data set's."""
+        if name in ("dataset", "limit", "report", "seed"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.dataset, name, value)
+
+    def get_data_info(self, index: int | tuple[int, int]) -> dict:
+        return self.dataset.get_data_info(index[0] if isinstance(index, tuple) else index)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -93,6 +103,7 @@ class PositionSampler(Sampler):
     """
 
     def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None):
+        self.dataset = dataset  # mmdet's AspectRatioBatchSampler asks it for the images' sizes
         self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=dataset, seed=seed))
         self._start = 0
         if hasattr(self.sampler, "skip"):

@@ -1,6 +1,7 @@
 """mmengine's runner for long runs: safe checkpoints that fit the model, exact resuming, damaged data, divergence."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .loading import load_safely
 
 require("onedl-mmengine", "0.10.12")
 
-CHECKPOINTS = ("iter_*.pth", "epoch_*.pth")
+CHECKPOINT = re.compile(r"(?:iter|epoch)_(\d+)\.pth")  # as a run names them; published copies have other names
 MAX_BAD_IMAGES = 100
 
 
@@ -150,8 +151,11 @@ class WatchHook(Hook):
 
 def latest_checkpoint(work_dir: str | Path) -> str | None:
     """The last whole checkpoint of a run, or None."""
-    paths = [path for pattern in CHECKPOINTS for path in Path(work_dir).glob(pattern) if path.stat().st_size]
-    return str(max(paths, key=lambda path: int(path.stem.rpartition("_")[2]))) if paths else None
+    found = {}
+    for path in Path(work_dir).glob("*.pth"):
+        if (named := CHECKPOINT.fullmatch(path.name)) and path.stat().st_size:
+            found[int(named[1])] = str(path)
+    return found[max(found)] if found else None
 
 
 def resumable(path: str | Path) -> dict:
