@@ -132,6 +132,8 @@ class TimmClassifier(BaseModel):
             labels: class indices (B,).
         """
         if mode == "loss" and self.mixup is not None:
+            if len(inputs) % 2:  # timm mixes pairs
+                inputs, labels = (torch.cat([x, x[:1]]) for x in (inputs, labels))
             inputs, targets = self.mixup(inputs, labels)
             return {"loss": SoftTargetCrossEntropy()(self.trunk(inputs).float(), targets)}
         logits = self.trunk(inputs).float()
