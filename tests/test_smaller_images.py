@@ -87,6 +87,21 @@ def test_until_it_has_learned_it_is_the_network_itself():
     torch.testing.assert_close(distance, expected)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_every_layer_learns(name):
+    """EVA's queries, keys and values too, which timm computes from the layer's weight."""
+    model = adapt(
+        timm.create_model(name, depth=2, num_classes=0, dynamic_img_size=True), merge="resizing", padding="coarsest"
+    )
+    patch, images = model.patch_size, torch.rand(2, 3, 64, 64) * 255
+    smaller = SmallerImages(model.eval(), lambda pixels: model(pixels / 64), [(4 * patch, 4 * patch)])
+    smaller(F.interpolate(images, 8 * patch))["loss"].backward()
+    learned = {name: weight.grad for name, weight in smaller.lora[0].named_parameters() if "lora_B" in name}
+    assert len(learned) >= 8 and all(grad is not None and grad.any() for grad in learned.values())
+    smaller.merge()
+    assert not getattr(model.blocks[0].attn, "qkv_bias_separate", False), "timm's own way again"
+
+
 def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):
     whole, curve = tuned(paths, tmp_path / "whole")
     calls = interrupt(monkeypatch, SmallerImages, 31)

@@ -33,6 +33,10 @@ class SmallerImages(Matching):
         rank: int = 16,
     ):
         super().__init__(model.eval().requires_grad_(False), outputs, loss)
+        # timm's EVA multiplies by the weight itself, past what LoRA adds, unless the bias is added afterwards.
+        self.fused = [part for part in self.trunk.modules() if getattr(part, "qkv_bias_separate", True) is False]
+        for part in self.fused:
+            part.qkv_bias_separate = True
         within = self.trunk.blocks.named_modules(prefix="blocks")
         layers = [name for name, layer in within if isinstance(layer, nn.Linear)]
         options = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
@@ -60,6 +64,8 @@ class SmallerImages(Matching):
     def merge(self) -> None:
         """Add what was learned to the layers themselves, so that it costs nothing."""
         self.lora[0].merge_and_unload()
+        for part in self.fused:
+            part.qkv_bias_separate = False
 
 
 def finetune_for_smaller_images(
