@@ -181,6 +181,18 @@ def test_thresholds_none_gives_timms_own_model_back():
     assert type(model) is kind and list(model.state_dict()) == names and "thresholds" not in vars(model)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_the_image_size_may_be_set_and_the_patch_size_not(name):
+    model = adapt(build(name), thresholds_of(build(name), 0.0))
+    patch = model.patch_size
+    model.set_input_size(img_size=(6 * patch, 8 * patch), patch_size=(patch, patch))
+    images = pictures(model, 1, 6, 8)
+    found = model.forward_features(images)
+    torch.testing.assert_close(found, adapt(model, None).forward_features(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="an adapted model keeps its patch size"):
+        adapt(model, {2 * patch: 0.0}).set_input_size(patch_size=(patch // 2, patch // 2))
+
+
 @pytest.mark.parametrize(
     "settings", [dict(thresholds={30: 5.0}), dict(scorer="nowhere.safetensors"), dict(window_size=1)]
 )

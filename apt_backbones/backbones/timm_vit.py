@@ -34,6 +34,21 @@ class AdaptiveTimm(AdaptiveTrunk):
     - ``grad_checkpointing`` recomputes one block at a time.
     """
 
+    def set_input_size(
+        self, img_size: Sequence[int] | None = None, patch_size: Sequence[int] | None = None, **options
+    ) -> None:
+        """timm's, for another ``img_size``.
+
+        Raises:
+            ValueError: another patch size.
+        """
+        if patch_size is not None and tuple(patch_size) != tuple(self.patch_embed.patch_size):
+            raise ValueError(
+                f"an adapted model keeps its patch size, {self.patch_size}; make it timm's own again with "
+                "adapt(model, None), set the size, and adapt it then"
+            )
+        super().set_input_size(img_size, patch_size, **options)
+
     @property
     def with_cp(self) -> bool:
         return self.grad_checkpointing
