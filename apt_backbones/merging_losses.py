@@ -96,6 +96,8 @@ def image_losses(
     def losses(pixels: Tensor) -> list[Tensor]:
         with torch.enable_grad(), _embedded_tokens(trunk, sizes) as tokens:
             output_BC = outputs(pixels).float()
+        # Drawn by the images, so that it does not matter what was done before, or in an earlier run.
+        generator = torch.Generator(output_BC.device).manual_seed(int(pixels.double().sum()))
         x_TD, layout, found = tokens[0], trunk.last_layout, [0.0] * len(sizes)
         map_BDHW, changes = layout.to_map(x_TD.detach().float()), []
         for factor in factors:
@@ -103,10 +105,11 @@ def image_losses(
             changes.append(mean_BDHW - map_BDHW[..., : mean_BDHW.shape[2], : mean_BDHW.shape[3]])
         for draw in range(draws):
             if kind == "features":
-                projected = (output_BC * torch.randint_like(output_BC, 2).mul(2).sub(1)).sum()
+                signs_BC = 2 * torch.randint(2, output_BC.shape, generator=generator, device=generator.device) - 1
+                projected = (output_BC * signs_BC).sum()
             else:
                 # The expected square of this gradient is Fisher's information, in which the divergence is quadratic.
-                classes_B1 = output_BC.detach().multinomial(1)
+                classes_B1 = output_BC.detach().multinomial(1, generator=generator)
                 projected = output_BC.gather(1, classes_B1).log().sum()
             (slope_TD,) = torch.autograd.grad(projected, x_TD, retain_graph=draw + 1 < draws)
             slope_BDHW = layout.to_map(slope_TD.float())

@@ -205,3 +205,24 @@ def test_a_run_is_known_by_what_its_files_hold(tmp_path):
     assert key(config, 2, 0.5) != first, "another configuration of the same name"
     assert key(config, 1, 0.6) != first, "other weights of the same name"
     assert key("vit_tiny_patch16_224", 1, 0.5)[0] == "vit_tiny_patch16_224"
+
+
+def test_a_run_is_known_by_the_files_of_a_llavas_folder(tmp_path):
+    def key(text):
+        (tmp_path / "config.json").write_text(text)
+        return model_key(argparse.Namespace(model=str(tmp_path), weights=None))
+
+    first = key("a")
+    assert model_key(argparse.Namespace(model=str(tmp_path), weights=None)) == first and key("bb") != first
+
+
+def test_images_of_another_size_are_trained_on_anew(paths, tmp_path, monkeypatch):
+    out, layers = tmp_path / "new.safetensors", []
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "weights.safetensors")
+    files = ["--images", tmp_path, "--weights", tmp_path / "weights.safetensors", "--out", out]
+    short = ["--keep", 0.6, "--iterations", 2, "--batch", 1, "--view", 32, "--rate", 0.1, "--device", "cpu"]
+    for longest in (64, 128):
+        sized = ["--resize", longest]
+        run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *files, *short, *sized)
+        layers.append(load_file(out))
+    assert any(not torch.equal(layers[0][name], layers[1][name]) for name in layers[0])

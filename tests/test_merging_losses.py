@@ -109,6 +109,17 @@ def with_means(vit, say, images, size, row, column, share):
         before.remove()
 
 
+@pytest.mark.parametrize("kind", ["features", "probabilities"])
+def test_losses_depend_on_the_images_alone(kind):
+    """Not on what was drawn before: an interrupted run goes on with the same losses."""
+    vit = adapt(network("vit_small_patch14_dinov2", 56), {28: 0.5}, merge="resizing", padding="coarsest")
+    losses = image_losses(vit, lambda pixels: vit(pixels).softmax(1), (28,), kind)
+    images = 255 * torch.rand(3, 2, 3, 56, 56)
+    (first,), (other,) = losses(images[0]), losses(images[1])
+    torch.rand(7)
+    assert torch.equal(losses(images[0])[0], first) and not torch.equal(first, other)
+
+
 @pytest.mark.parametrize("kind", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
 @pytest.mark.parametrize("size", [28, 56])
 def test_of_a_whole_image_it_is_the_first_order_of_what_changes(kind, size):

@@ -112,6 +112,7 @@ def main() -> None:
         trunk.thresholds,
         train,
         args.rank,
+        args.resize,
         target,
         views,
         args.iterations,
