@@ -104,7 +104,7 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey images with their upper 8 bits; PIL's conversion to RGB would clip them at 255.
+    """Grey images of more than 8 bits with the upper 8 of 16, if these are used: PIL's conversion to RGB clips at 255.
 
     Raises:
         ValueError: a floating point image, whose range is unknown.
@@ -112,5 +112,6 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating point images have no known range; convert the image to 8 bits first")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return image.convert("I").point(lambda value: value / 256).convert("L")
+        image = image.convert("I")
+        return (image.point(lambda value: value / 256) if image.getextrema()[1] > 255 else image).convert("L")
     return image

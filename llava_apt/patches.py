@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,8 @@ def patch_sides(
     return drop_at_random(sides_BHW, patch_size) if merge == "random" and thresholds else sides_BHW
 
 
-def count_tokens(sides_HW: Tensor, patch_size: int) -> int:
+def count_tokens(sides_HW: Tensor | np.ndarray, patch_size: int) -> int:
     """Number of patches of one image: a patch of n cells counts n times 1 / n; dropped cells count nothing."""
+    sides_HW = torch.as_tensor(sides_HW)
     sides_HW = sides_HW[sides_HW > 0]
     return round(float((patch_size / sides_HW).square().sum()))

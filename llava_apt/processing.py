@@ -1,5 +1,7 @@
 """LLaVA's processor with as many image placeholders as the image has patches."""
 
+import math
+
 from transformers import LlavaProcessor
 
 from .configuration import refuse_misspelt
@@ -63,7 +65,9 @@ class LlavaAptProcessor(LlavaProcessor):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         sides_HW = image_inputs["patch_sides"][image_idx]
-        patches = sides_HW.numel() if self.image_tokens == "repeated" else count_tokens(sides_HW, self.patch_size)
+        patches = (
+            math.prod(sides_HW.shape) if self.image_tokens == "repeated" else count_tokens(sides_HW, self.patch_size)
+        )
         keeps_class_token = self.vision_feature_select_strategy == "full"
         return self.image_token * (patches + keeps_class_token)
 

@@ -134,15 +134,27 @@ RED = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
     [
         (rotated, photo(size=(SIDE, SIDE))),
         (Image.fromarray(GREY * 256 + 17), Image.fromarray(GREY.astype(np.uint8))),  # scaled, not clipped
+        (Image.fromarray(GREY.astype(np.int32)), Image.fromarray(GREY.astype(np.uint8))),  # 8 bits in wider numbers
         (RED.convert("P"), RED),
         (RED.convert("CMYK"), RED),
     ],
-    ids=["EXIF", "16 bits", "palette", "CMYK"],
+    ids=["EXIF", "16 bits", "8 of 32 bits", "palette", "CMYK"],
 )
 def test_images_look_as_they_are_meant_to(stored, shown, tmp_path):
     stored = stored(tmp_path) if callable(stored) else stored
     results = [processor()(images=image, text=PROMPT, return_tensors="pt") for image in (stored, shown)]
     torch.testing.assert_close(results[0]["pixel_values"], results[1]["pixel_values"], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("image_tokens", ["merged", "repeated"])
+def test_arrays_of_numpy_are_those_of_torch(image_tokens):
+    process = processor()
+    process.image_tokens = image_tokens
+    arrays, tensors = (
+        process(images=photo(size=(SIDE, SIDE)), text=PROMPT, return_tensors=kind) for kind in ("np", "pt")
+    )
+    assert set(arrays) == set(tensors)
+    assert all(np.array_equal(array, tensors[name].numpy()) for name, array in arrays.items())
 
 
 def test_one_pixel_is_one_colour():
