@@ -11,6 +11,7 @@ from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of, share_curves
 from tests.golden import load_golden
 from tests.scripts import ROOT, run_script
+from tools.patch_settings import settings_of
 
 PHOTOS = [v.permute(2, 0, 1)[None].float() for k, v in load_golden("patch_scores").arrays.items() if "image/" in k]
 SIZES = (16, 32, 64)
@@ -119,6 +120,23 @@ def test_the_tool_takes_sizes_and_scale_from_a_config(folder, monkeypatch, capsy
     printed = capsys.readouterr().out.splitlines()[-1]
     size, threshold = re.fullmatch(r"thresholds={(\d+): ([\d.]+)}", printed).groups()
     assert size == "16" and 0 < float(threshold) < 1, "a Laplacian's range, not an entropy's"
+
+
+@pytest.mark.parametrize(
+    "resize, size",
+    [
+        ("scale=(64, 96), keep_ratio=True", (96, 32)),
+        ("scale=(64, 96)", (64, 96)),
+        ("scale_factor=0.5, keep_ratio=True", (150, 50)),
+    ],
+)
+def test_images_are_resized_as_the_model_sees_them(resize, size, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "model = dict(backbone=dict(patch_size=8, thresholds={16: 1.0}))\n"
+        f"test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', {resize})]\n"
+    )
+    assert settings_of(str(config)).prepare(Image.new("RGB", (300, 100))).size == size
 
 
 def test_the_sample_depends_on_the_seed_only(folder, monkeypatch, capsys):

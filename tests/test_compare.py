@@ -61,6 +61,8 @@ def test_the_last_validation_of_a_training_counts(tmp_path):
     write(tmp_path / "2" / "vis_data" / "scalars.json", json.dumps(training))  # resumed, and stopped again
     (result,) = compare.read_run(tmp_path)
     assert result.metrics == {"mIoU": 85.0} and result.speed == pytest.approx(10)
+    write(tmp_path / "1" / "vis_data" / "config.py", "test_dataloader = None\nval_dataloader = dict(batch_size=2)")
+    assert compare.read_run(tmp_path)[0].speed == pytest.approx(20), "batches of the validation"
 
 
 def test_metrics_of_other_tasks_are_shown_as_they_are(tmp_path):

@@ -1,5 +1,6 @@
 """The picture tool, run as a user runs it."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from tools.cli import names_of
 from apt_backbones import PatchLayout
 from apt_backbones.images import find_images, read_rgb
 from tests.scripts import ROOT, run_script
-from tools import drawing, video
+from tools import drawing, video, visualize
 from tools.patch_settings import settings_of
 
 TOOL = ROOT / "tools" / "visualize.py"
@@ -102,6 +104,21 @@ def test_predictions_are_drawn_beside_the_patches(tmp_path, monkeypatch):
     assert sheet.width == patches.width and sheet.height > 1.9 * patches.height
     upper = np.asarray(sheet)[: patches.height - 16]
     assert (upper == np.asarray(patches)[: patches.height - 16]).all(), "the patches as without a checkpoint"
+
+
+def test_predictions_are_those_of_the_patches_that_are_drawn():
+    arguments = argparse.Namespace(
+        config=str(DET[1]), checkpoint=str(DET_WEIGHTS), patch_size=None, scorer="entropy", resize=None, score=0.3
+    )
+    sheets = visualize.Sheets(argparse.Namespace(**vars(arguments), thresholds=["16=5.5"], show="grid"))
+    trunk = sheets.model.trunk
+    assert (trunk.scorer, trunk.thresholds) == ("entropy", {16: 5.5}), "the configuration has a Laplacian's"
+
+
+def test_pictures_of_the_same_name_are_told_apart():
+    paths = [Path(name) for name in ("p/a/x.png", "q/a/x.png", "x.jpg", "y.png", "b/z.jpg", "b/z.png")]
+    named = [name for name in names_of([*paths, paths[0]]).values()]
+    assert named == ["p_a_x_png", "q_a_x_png", "x_jpg", "y", "z_jpg", "z_png"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from tools.cli import parser_of, run
+from tools.cli import names_of, parser_of, run
 from apt_backbones import PatchLayout
 from apt_backbones.distance import FeatureDistance
 from apt_backbones.images import find_images, read_rgb
@@ -108,14 +108,14 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of the toolboxes, about what this tool leaves out
     model = MMModel(args.config, args.checkpoint)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    rows, left_out = {}, []
+    rows, left_out, names = {}, [], names_of(paths)
     for path in track(paths, "comparing", console=Console(stderr=True), transient=True, disable=len(paths) == 1):
         try:
             picture, rows[path] = analyze(model, read_rgb(path))
         except (OSError, ValueError) as error:
             left_out.append(f"left out {path}: {error}")
             continue
-        picture.save(args.out_dir / f"{path.stem}_error.png")
+        picture.save(args.out_dir / f"{names[path]}_error.png")
     for line in left_out:
         print(line, file=sys.stderr)
     if not rows:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 # What OpenCV decodes at most, as PIL does (a few bytes can claim to be a gigapixel); read when cv2 is imported.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
@@ -22,6 +23,22 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}")
+
+
+def names_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """A name for what is made of each file: its own without suffix; where several have the same, with as much of their
+    paths as tells them apart."""
+    same: dict[str, list[Path]] = {}
+    for path in dict.fromkeys(paths):
+        same.setdefault(path.stem, []).append(path)
+    names, parts = {}, 0
+    while same:
+        parts += 1
+        for stem, group in list(same.items()):
+            named = [stem] if len(group) == 1 else ["_".join(path.parts[-parts:]).replace(".", "_") for path in group]
+            if len({*named}) == len(group):
+                names |= dict(zip(same.pop(stem), named))
+    return {path: names[path] for path in paths}
 
 
 def check_shares(shares: Sequence[float], flag: str = "--keep") -> None:

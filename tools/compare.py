@@ -78,20 +78,21 @@ def read_lmms_eval(name: str, content: dict) -> Result:
     return Result(name, "", metrics, tokens, speed=1 / seconds if seconds else None)
 
 
-def read_mmengine(path: Path) -> tuple[dict, Path] | None:
-    """Metrics of the newest test, or of the last validation of the newest training, and the folder of that run."""
+def read_mmengine(path: Path) -> tuple[dict, Path, str] | None:
+    """Metrics of the newest test, or of the last validation of the newest training, the folder of that run, and the
+    data loader's name in its configuration."""
     if found := newest(file for file in path.glob("*/*.json") if file.stem == file.parent.name):
-        return json.loads(found.read_text()), found.parent
+        return json.loads(found.read_text()), found.parent, "test_dataloader"
     for log in sorted(path.glob("*/vis_data/scalars.json"), reverse=True):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         if validations := [line for line in lines if "loss" not in line and "lr" not in line]:
-            return validations[-1], log.parents[1]
+            return validations[-1], log.parents[1], "val_dataloader"
     return None
 
 
-def of_mmengine(name: str, line: dict, folder: Path) -> Result:
+def of_mmengine(name: str, line: dict, folder: Path, loader: str) -> Result:
     """A line of mmengine's log; its time is that of a batch, loading included."""
-    speed = batch_size(folder / "vis_data" / "config.py") / line["time"] if line.get("time") else None
+    speed = batch_size(folder / "vis_data" / "config.py", loader) / line["time"] if line.get("time") else None
     kept = (line.get(key) for key in ("tokens", "content_kept", "padding_kept"))
     return Result(name, "", metrics_of(line), *kept, speed)
 
@@ -104,11 +105,11 @@ def metrics_of(line: dict) -> dict[str, float]:
     }
 
 
-def batch_size(config: Path) -> int:
-    """That of the tests; 1 if the configuration was not kept."""
+def batch_size(config: Path, loader: str) -> int:
+    """Of a data loader; 1 if the configuration was not kept."""
     from mmengine.config import Config
 
-    return Config.fromfile(config, import_custom_modules=False).test_dataloader.batch_size if config.is_file() else 1
+    return Config.fromfile(config, import_custom_modules=False)[loader].batch_size if config.is_file() else 1
 
 
 def newest(paths: Iterator[Path]) -> Path | None:

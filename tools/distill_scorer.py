@@ -96,7 +96,7 @@ def main() -> None:
     add("--sample", type=int, default=1000, metavar="N", help="use at most so many images (default: 1000)")
     add("--work-dir", type=Path, help="for what is kept of an unfinished run (default: beside --out)")
     args = parser.parse_args()
-    check_at_least(args, copies=1, prototypes=1, epochs=1, sample=1, resize=1)
+    check_at_least(args, copies=1, prototypes=2, epochs=1, sample=1, resize=1)
     torch.manual_seed(args.seed)
     frozen = frozen_model(args.model, args.weights, args.sizes, args.resize)
     target = frozen.target(args.target)

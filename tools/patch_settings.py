@@ -58,7 +58,7 @@ def _mm_settings(config: str) -> PatchSettings:
         backbone, prepare = model, _cls_prepare(cfg.test_dataloader.dataset)
     else:
         backbone = model.get("backbone", {})
-        resizes = [step for step in cfg.get("test_pipeline", []) if "scale" in step]
+        resizes = [step for step in cfg.get("test_pipeline", []) if step["type"] == "Resize"]
         prepare = _mm_resize(resizes[0]) if resizes else with_longest_side(None)
     patch_size = patch_size_of(backbone) if "model" in backbone else backbone.get("patch_size", 16)
     thresholds = {int(size): float(threshold) for size, threshold in (backbone.get("thresholds") or {}).items()}
@@ -94,13 +94,10 @@ def _cls_prepare(dataset: dict) -> Callable[[Image.Image], Image.Image]:
 
 def _mm_resize(step: dict) -> Callable[[Image.Image], Image.Image]:
     """What mmcv's Resize does to an image, with its interpolation: other pixels have other scores."""
-    from mmcv import imrescale
+    from mmcv.transforms import Resize
 
-    def prepare(image: Image.Image) -> Image.Image:
-        pixels = imrescale(np.asarray(image), tuple(step["scale"]), backend=step.get("backend", "cv2"))
-        return Image.fromarray(pixels)
-
-    return prepare
+    resize = Resize(**{name: value for name, value in step.items() if name != "type"})
+    return lambda image: Image.fromarray(resize({"img": np.asarray(image)})["img"])
 
 
 def _llava_settings(path: Path) -> PatchSettings:

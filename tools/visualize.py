@@ -18,7 +18,6 @@ without a GPU.
 
 import argparse
 import warnings
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from tools.cli import check_at_least, parser_of, run
+from tools.cli import check_at_least, names_of, parser_of, run
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.images import IMAGE_SUFFIXES, find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_thresholds
@@ -105,6 +104,7 @@ class Sheets:
 
             self.model = MMModel(args.config, args.checkpoint)
             self.model.trunk.thresholds = dict(self.settings.thresholds)
+            self.model.trunk.scorer = self.settings.scorer
 
     def __call__(self, image: Image.Image, panel_side: int) -> Image.Image:
         prepared = self.settings.prepare(image)
@@ -163,14 +163,13 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of the toolboxes, about what this tool leaves out
     sheets = Sheets(args)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    times = Counter(path.stem for path in paths)
+    names = names_of(paths)
     for path in track(paths, description="drawing", console=console, transient=True, disable=len(paths) == 1):
-        name = path.stem if times[path.stem] == 1 else "_".join(path.parts[-2:]).replace(".", "_")
         if is_video(path):
-            target = args.out_dir / f"{name}_patches.{args.format}"
+            target = args.out_dir / f"{names[path]}_patches.{args.format}"
             write_video(target, *video_sheets(path, sheets))
         else:
-            target = args.out_dir / f"{name}_patches.png"
+            target = args.out_dir / f"{names[path]}_patches.png"
             sheets(read_rgb(path), IMAGE_PANEL).save(target)
         print(target)
 
