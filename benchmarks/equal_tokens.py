@@ -35,6 +35,7 @@ from apt_backbones.layout import PatchLayout
 from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.scores import SCORERS
 from apt_backbones.trunk import AdaptiveTrunk
+from tools.drawing import chart
 
 from .segmentation import Dataset, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
 from .study import MERGED, PATCH, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
@@ -159,20 +160,6 @@ def all_settings(name: str) -> list[Setting]:
     return settings + [Setting(method, BASES[0], None, b) for method in ("random", "tome") for b in OTHERS]
 
 
-class TrueLosses:
-    """A scorer of images whose losses by merging are known."""
-
-    def __init__(self):
-        self.known: dict[bytes, Tensor] = {}
-
-    def learn(self, images: Tensor, losses: Tensor) -> None:
-        """Images (N, 3, height, width), uint8, and what their patches lose (N, rows, columns)."""
-        self.known |= {_key(image): of_image for image, of_image in zip(images, losses)}
-
-    def __call__(self, images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        return [torch.stack([self.known[_key(image)] for image in images])]
-
-
 def _key(image: Tensor) -> bytes:
     return hashlib.sha256(image.byte().numpy().tobytes()).digest()
 
@@ -290,9 +277,10 @@ class SegmentationStudy(Study):
 
     def scorer_of(self, setting: Setting) -> str:
         if setting.scorer == TRUE and TRUE not in SCORERS:
-            SCORERS[TRUE] = TrueLosses()
+            known = {}
             for split in ("val", "test"):
-                SCORERS[TRUE].learn(self.data.images(split, BASES[0]), self.losses(split, BASES[0]))
+                known |= zip(map(_key, self.data.images(split, BASES[0])), self.losses(split, BASES[0]))
+            SCORERS[TRUE] = lambda images, sizes: [torch.stack([known[_key(image)] for image in images])]
         return super().scorer_of(setting)
 
     def scorer_ms(self) -> dict[str, float]:
@@ -437,11 +425,6 @@ def gains(results: list[dict], kept_head: str) -> list[dict]:
 def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
     """Quality on the test split against tokens and against time; bars are standard deviations over seeds. What is known
     only afterwards is left to the table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tested = [line for line in results if line["split"] == "test"]
     kept_head, images = text(task.kept), [text(size) for size in BASES]
     read = [line for line in tested if line["head"] == kept_head]
@@ -466,7 +449,7 @@ def draw(path: Path, results: list[dict], data: Dataset, task: Task) -> None:
         f"{name}, image of {images[0]}": [line for line in read if line["method"] == method]
         for method, name in (("random", "random"), ("tome", "ToMe"))
     }
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    figure, panels = chart((13, 6), 2, sharey=True)
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
         for index, (name, lines) in enumerate(curves.items()):
             places, values = {}, {}

@@ -18,7 +18,8 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.mm.det import SimpleFeaturePyramid
+from tools.drawing import chart
 from tools.mm_runs import ResampledPrecision, mean_precision
 
 from .coco import images_in, read_coco
@@ -61,7 +63,7 @@ PARTS = ViewSettings((252, 252), scales=(0.5, 0.95), copies=3)
 LEVELS = (7, 14, 28, 56, 112)  # strides; the coarsest is for objects that fill the image
 CHANNELS, EPOCHS, BATCH, RATE = 128, 10, 8, 1e-3
 CLASS_VIEWS = 2  # of every photograph, for the classes
-SEEDS = (0,)
+SEED = 0
 LABELS = 3  # classes that a box may be of
 DRAWS = 50  # samples of the test images for the error bar
 KINDS = ("mAP", "small", "medium", "large", "person", "any class", "any class, small")
@@ -240,17 +242,18 @@ class BoxStudy(Study):
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
         return (pixels_of(read_rgb(photo.path), size) for photo in self.photos[split])
 
-    def detector(self, seed: int) -> Detector:
+    @cached_property
+    def detector(self) -> Detector:
         """Trained on dense maps of views of the train split."""
-        file = self.work_dir / f"detector_{seed}.safetensors"
-        torch.manual_seed(seed)
+        file = self.work_dir / f"detector_{SEED}.safetensors"
+        torch.manual_seed(SEED)
         channels = len(self.blocks) * self.vit.embed_dim
         detector = Detector(channels, len(self.coco.getCatIds()), self.dtype)
         if not file.is_file():
             self.vit.thresholds = {}
             photos = [photo for photo in self.photos["train"] if len(photo.boxes)]
-            train_detector(detector, photos, self.maps, seed, self.work_dir / f"detector_{seed}_training.pth")
-            train_classes(detector.classes, photos, self.maps, seed)
+            train_detector(detector, photos, self.maps, SEED, file.with_name(f"{file.stem}_training.pth"))
+            train_classes(detector.classes, photos, self.maps, SEED)
             save_tensors(file, detector.state_dict())
         detector.load_state_dict(load_file(file))
         return detector.eval().requires_grad_(False)
@@ -267,7 +270,7 @@ class BoxStudy(Study):
             for group in groups.values()
         ]
         if split == "train":
-            self.vit.thresholds, detector = {}, self.detector(SEEDS[0])
+            self.vit.thresholds, detector = {}, self.detector
 
             def outputs(pixels: Tensor) -> Tensor:
                 return detector.probabilities(self.maps(pixels))
@@ -281,7 +284,7 @@ class BoxStudy(Study):
         """What the first detector's probabilities lose by merging in every photograph (H // 2, W // 2)."""
         file = self.work_dir / f"losses_{split}_{text(size)}.safetensors"
         if not file.is_file():
-            detector, found, self.vit.thresholds = self.detector(SEEDS[0]), {}, {}
+            detector, found, self.vit.thresholds = self.detector, {}, {}
             images = zip(self.photos[split], self.images(split, size))
             for photo, pixels in track(images, f"losses {split}", len(self.photos[split]), console=console):
                 with torch.no_grad():
@@ -295,29 +298,27 @@ class BoxStudy(Study):
         settings = [setting for setting in all_settings() if setting.image == BASE and setting.scorer == "learned"]
         views = ViewSettings((280, 280), scales=PARTS.scales)
         paths = [photo.path for photo in self.photos["train"]]
-        return self.trained_detail(settings, self.detector(SEEDS[0]).probabilities, paths, views)
+        return self.trained_detail(settings, self.detector.probabilities, paths, views)
 
     def detections(self, setting: Setting) -> dict:
-        """Tokens per image of the test split, and every seed's detections."""
+        """Tokens per image of the test split, and the detections, in a list of their own."""
 
         def measure() -> dict:
-            detectors = [self.detector(seed) for seed in SEEDS]
-            found, tokens = [[] for _ in SEEDS], 0.0
+            detector, found, tokens = self.detector, [], 0.0
             torch.manual_seed(0)
             with self.as_set(setting):
                 for photo in track(self.photos["test"], setting.name, console=console):
                     maps, count = self.maps_of(setting, pixels_of(read_rgb(photo.path), setting.image))
                     tokens += count
-                    for detector, lines in zip(detectors, found):
-                        boxes = detector.predict(maps, sample_of(photo, setting.image))
-                        boxes[:, 2:4] -= boxes[:, :2]
-                        lines += [[photo.id, *(round(value, 4) for value in line)] for line in boxes.tolist()]
-            return {"tokens": tokens / len(self.photos["test"]), "detections": found}
+                    boxes = detector.predict(maps, sample_of(photo, setting.image))
+                    boxes[:, 2:4] -= boxes[:, :2]
+                    found += [[photo.id, *(round(value, 4) for value in line)] for line in boxes.tolist()]
+            return {"tokens": tokens / len(self.photos["test"]), "detections": [found]}
 
         return self.kept(f"{setting.name}_detections", measure)
 
     def quality(self, setting: Setting) -> dict:
-        """Tokens per image, and every seed's average precisions, on the test split."""
+        """Tokens per image, and the average precisions, in a list, on the test split."""
 
         def measure() -> dict:
             kept, ids = self.detections(setting), [photo.id for photo in self.photos["test"]]
@@ -512,56 +513,43 @@ def all_settings(also: Sequence[str] = ()) -> list[Setting]:
     return dense + learned + pixel + others
 
 
-def lines_of(setting: Setting, quality: dict, ms: float) -> list[dict]:
-    """Entries of the results file, one per seed of the detector."""
+def line_of(setting: Setting, quality: dict, ms: float) -> dict:
+    """An entry of the results file."""
     point = {**setting.about, "tokens": round(quality["tokens"], 1), "split": "test", "ms": round(ms, 1)}
-    lines = []
-    for seed, found in enumerate(quality["AP"]):
-        values = {name: round(value, 2) for name, value in found.items() if name != "draws"}
-        lines.append({**point, **values, "seed": seed})
-    return lines
+    return {**point, **{name: round(quality["AP"][0][name], 2) for name in KINDS}, "seed": SEED}
 
 
 def gains(measured: dict[Setting, dict]) -> list[dict]:
-    """AP over that of dense images with as many tokens, means over seeds; between two sizes the dense curve is a
-    straight line. ``errors`` are standard deviations of the gains over samples of the test images."""
-
-    def mean(quality: dict, name: str) -> float:
-        return statistics.mean(of_seed[name] for of_seed in quality["AP"])
-
-    def draws(quality: dict, which: int) -> list[float]:
-        return [statistics.mean(v[which] for v in values) for values in zip(*(q["draws"] for q in quality["AP"]))]
+    """AP over that of dense images with as many tokens; between two sizes the dense curve is a straight line.
+    ``errors`` are standard deviations of the gains over samples of the test images."""
 
     dense = sorted((q for s, q in measured.items() if s.method == "dense"), key=lambda quality: quality["tokens"])
+
+    def over_dense(quality: dict, *keys: str | int) -> float | None:
+        value, *smaller = (reduce(getitem, keys, of["AP"][0]) for of in (quality, *dense))
+        at = between(list(zip((of["tokens"] for of in dense), smaller)), quality["tokens"])
+        return None if at is None else value - at
+
     entries = []
     for setting, quality in measured.items():
         if setting.method == "dense":
             continue
-        tokens = quality["tokens"]
-        entry = {**setting.about, "tokens": round(tokens, 1)}
+        entry = {**setting.about, "tokens": round(quality["tokens"], 1), "errors": None}
         for name in KINDS:
-            at = between([(part["tokens"], mean(part, name)) for part in dense], tokens)
-            entry[name] = [round(mean(quality, name), 2), None if at is None else round(mean(quality, name) - at, 2)]
-        entry["errors"] = None
+            gain = over_dense(quality, name)
+            entry[name] = [round(quality["AP"][0][name], 2), None if gain is None else round(gain, 2)]
         if entry["mAP"][1] is not None:
-            entry["errors"] = {}
-            for which, name in enumerate(WITH_ERRORS):
-                by_draw = zip(draws(quality, which), zip(*(draws(part, which) for part in dense)))
-                differences = [
-                    value - between(list(zip((part["tokens"] for part in dense), curve)), tokens)
-                    for value, curve in by_draw
-                ]
-                entry["errors"][name] = round(statistics.stdev(differences), 2)
+            samples = range(len(quality["AP"][0]["draws"]))
+            entry["errors"] = {
+                name: round(statistics.stdev(over_dense(quality, "draws", sample, which) for sample in samples), 2)
+                for which, name in enumerate(WITH_ERRORS)
+            }
         entries.append(entry)
     return entries
 
 
 def draw(path: Path, results: list[dict]) -> None:
     """AP on the test split against tokens; of all objects, and of small ones."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     def name_of(line: dict) -> str:
         if line["method"] == "dense":
@@ -575,20 +563,16 @@ def draw(path: Path, results: list[dict]) -> None:
         "any class": "objects of any class",
         "any class, small": "small objects of any class",
     }
-    figure, panels = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
+    figure, panels = chart((19, 5), 4)
     for panel, key in zip(panels, titles):
         for name in dict.fromkeys(map(name_of, results)):
             lines = [line for line in results if name_of(line) == name]
-            points = sorted({line["tokens"] for line in lines})
-            values = [[line[key] for line in lines if line["tokens"] == point] for point in points]
+            points = sorted((line["tokens"], line[key]) for line in lines)
             style = dict(color="black", linestyle="--") if "dense" in name else {}
-            means = [statistics.mean(value) for value in values]
-            panel.errorbar(
-                points, means, [statistics.pstdev(value) for value in values], label=name, marker="o", **style
-            )
+            panel.plot(*zip(*points), label=name, marker="o", **style)
         panel.set(xlabel="tokens per image", title=titles[key])
         panel.grid(alpha=0.3)
-    panels[0].set(ylabel=f"box AP on the test split, mean of {len(SEEDS)} detectors")
+    panels[0].set(ylabel="box AP on the test split")
     panels[0].legend(fontsize="small")
     figure.suptitle("COCO photographs, frozen DINOv2 ViT-S/14, simple feature pyramid with Faster R-CNN")
     figure.savefig(path, dpi=130)
@@ -606,7 +590,7 @@ def main() -> None:
     measured = {setting: study.quality(setting) for setting in settings}
     times = study.times(settings)
     for setting, quality in measured.items():
-        results += lines_of(setting, quality, times[setting.name])
+        results.append(line_of(setting, quality, times[setting.name]))
     content = {
         **about("equal_tokens_boxes", args),
         "images": {split: " ".join(str(photo.id) for photo in part) for split, part in study.photos.items()},

@@ -35,6 +35,7 @@ from apt_backbones.distill import Views, ViewSettings, make_views, save_tensors
 from apt_backbones.files import write_atomically
 from apt_backbones.merging_losses import image_losses
 from apt_backbones.trunk import AdaptiveTrunk
+from tools.drawing import chart
 
 from . import tome
 from .study import MERGED, RANK, Setting, Study, about, between, console, study_parser, train_head
@@ -220,11 +221,6 @@ def entry_of(
 
 def draw(path: Path, results: list[dict]) -> None:
     """Accuracy by the CLS token against tokens and time; bars are standard deviations of what is gained or lost."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     curves = {}
     for line in results:
         if line["pool"] == "cls":
@@ -237,7 +233,7 @@ def draw(path: Path, results: list[dict]) -> None:
                 "tome": "ToMe",
             }.get(line["method"])
             curves.setdefault(name or line["method"], []).append(line)
-    figure, panels = plt.subplots(1, 2, figsize=(16, 4.5), sharey=True, layout="constrained")
+    figure, panels = chart((16, 4.5), 2, sharey=True)
     for panel, (key, label) in zip(panels, (("tokens", "tokens per image"), ("ms", "CPU ms per image, one thread"))):
         for name, lines in curves.items():
             lines = sorted(lines, key=lambda line: line[key])

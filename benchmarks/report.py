@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from tools.drawing import chart
 from tools.machine import processor
 
 from .cases import BACKBONE_STAGES, Case
@@ -198,12 +199,6 @@ def plot_growth(path: Path, results: list[dict]) -> None:
 
 @contextlib.contextmanager
 def _figure(path: Path, size: tuple[float, float]):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure, axes = chart(size)
     yield axes
     figure.savefig(path, dpi=120)
-    plt.close(figure)

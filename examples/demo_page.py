@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+
+from tools.drawing import chart
 
 INK = "#123456"  # stands for the page's text colour, which is another one in the dark
 BLUE, ORANGE = "#56b4e9", "#d55e00"
@@ -45,8 +44,8 @@ def training_curve(steps: Sequence[int], losses: Sequence[float]) -> str:
     """SVG of a loss: as it was logged, and a running mean of a fifth of it."""
     width = max(1, len(losses) // 5)
     means = [sum(losses[max(0, i + 1 - width) : i + 1]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(losses))]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(4.8, 3), layout="constrained")
+    with rc_context(STYLE):
+        figure, axes = chart((4.8, 3))
         axes.plot(steps, losses, color=BLUE, alpha=0.6, linewidth=1, label="loss")
         axes.plot(steps, means, color=ORANGE, linewidth=2, label=f"mean of the last {width}")
         axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
@@ -56,8 +55,8 @@ def training_curve(steps: Sequence[int], losses: Sequence[float]) -> str:
 
 def share_histogram(shares: Sequence[float], budget: float) -> str:
     """SVG of how many images keep which share of their tokens."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(4.8, 3), layout="constrained")
+    with rc_context(STYLE):
+        figure, axes = chart((4.8, 3))
         axes.hist([100 * share for share in shares], bins=range(0, 101, 5), color=BLUE, edgecolor="none", rwidth=0.9)
         axes.axvline(100 * budget, color=ORANGE, linewidth=2, label=f"budget: {budget:.0%} on average")
         axes.set(xlabel="tokens kept, % of an image's", ylabel="images", xlim=(0, 100))
@@ -70,7 +69,6 @@ def svg(figure: Figure) -> str:
     """A figure as an <svg> element that is as wide as its place and drawn in the page's text colour."""
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
     text = content.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     head, _, body = text.partition(">")

@@ -31,8 +31,10 @@ from rich.table import Table
 
 from tools.cli import check_at_least, parser_of, run
 from apt_backbones.calibrate import ScoreMaps, calibrate_thresholds, kept_shares, score_maps_of, share_curves
+from apt_backbones.files import write_atomically
 from apt_backbones.images import find_images, read_rgb, to_tensor
 from apt_backbones.scores import SCORERS, check_sizes
+from tools.drawing import chart
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 
 if TYPE_CHECKING:
@@ -108,11 +110,6 @@ def table_of(splits: Sequence[Split], current: Sequence[float], most: int = 12) 
 
 def plot(path: Path, score_maps: Sequence[ScoreMaps], thresholds: dict[int, float], keep: float, unit: str) -> None:
     """Share of tokens against the threshold (mean, and the range of 80 % of the images), and its distribution."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     smallest = next((size for size, threshold in thresholds.items() if threshold > 0), None)
     if smallest is None:
         raise ValueError("with every token kept there is no threshold to plot; leave out --plot")
@@ -122,9 +119,7 @@ def plot(path: Path, score_maps: Sequence[ScoreMaps], thresholds: dict[int, floa
     steps = torch.linspace(0, most, 101).tolist()
     ratios = [threshold / chosen for threshold in thresholds.values()]
     shares = share_curves(score_maps, patch_size, steps, ratios)
-    figure, (curve, histogram) = plt.subplots(
-        1, 2, figsize=(10, 4.2), width_ratios=(2, 1), sharey=True, layout="constrained"
-    )
+    figure, (curve, histogram) = chart((10, 4.2), 2, width_ratios=(2, 1), sharey=True)
     curve.fill_between(steps, shares.quantile(0.1, 1), shares.quantile(0.9, 1), alpha=0.25, label="80 % of the images")
     curve.plot(steps, shares.mean(1), label="mean")
     curve.axvline(chosen, linestyle=":", color="black", label=f"chosen: {chosen:.4g}")
@@ -135,7 +130,7 @@ def plot(path: Path, score_maps: Sequence[ScoreMaps], thresholds: dict[int, floa
     histogram.hist(kept.numpy(), bins=20, range=(0, 1), orientation="horizontal", alpha=0.6)
     histogram.axhline(keep, linestyle=":", color="grey")
     histogram.set(xlabel=f"images, of {len(score_maps)}")
-    figure.savefig(path, dpi=150)
+    write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=150))
 
 
 def settings_by(args: argparse.Namespace) -> PatchSettings:
@@ -206,7 +201,6 @@ def main() -> None:
     print(f"{len(paths)} images keep {share:.1%} of their tokens (per image: {spread})")
     print(f"thresholds={thresholds}")
     if args.plot:  # last, so that a mistake in its name does not lose what was found
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(args.plot, score_maps, thresholds, args.keep, settings.scorer)
 
 

@@ -29,9 +29,11 @@ from torch import Tensor
 from tools.cli import check_at_least, parser_of
 from apt_backbones.distance import merging_off
 from apt_backbones.distill import WIDTH, Epoch, ViewSettings, cut_view, make_views, train_scorer
+from apt_backbones.files import write_atomically
 from apt_backbones.images import read_rgb
 from apt_backbones.merging_losses import Losses, Prototypes, cell_losses, image_losses, smaller_image_losses
 from tools import steps
+from tools.drawing import chart
 from tools.frozen_model import Frozen, add_model_arguments, add_target_arguments, frozen_model, images_of, model_key
 
 FITTED_ON = 64  # views whose features are clustered
@@ -66,12 +68,7 @@ def losses_of(frozen: Frozen, target: str, views: ViewSettings, paths: Sequence[
 
 def plot(path: Path, curve: list[Epoch]) -> None:
     """Loss and correlation over the epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, quality) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (losses, quality) = chart((10, 4), 2)
     epochs = [line.epoch for line in curve]
     losses.plot(epochs, [line.train for line in curve], label="training views")
     losses.plot(epochs, [line.held_out for line in curve], label="held-out images")
@@ -82,7 +79,7 @@ def plot(path: Path, curve: list[Epoch]) -> None:
     for axes in (losses, quality):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=150))
 
 
 def main() -> None:
@@ -154,7 +151,6 @@ def main() -> None:
     )
     best = min(curve, key=lambda epoch: epoch.held_out)
     scorer.origin = {**origin, "epoch": best.epoch, "correlation": round(best.correlation, 3)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     scorer.save(args.out)
     if args.plot:
         plot(args.plot, curve)

@@ -1,7 +1,7 @@
 """Pictures of patch layouts, scores and errors, and sheets of several pictures with captions."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from apt_backbones import PatchLayout
@@ -11,6 +11,14 @@ COLORS = ((255, 255, 255), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 1
 GAP = 16  # pixels between pictures of a sheet
 
 Caption = list[tuple[str, tuple[int, int, int] | None]]  # pieces of text, each behind a sample of a color or none
+
+
+def chart(size: tuple[float, float], columns: int = 1, **options) -> tuple:
+    """A figure of matplotlib that no window shows, and its axes, side by side if there are several."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(1, columns, **options)
 
 
 def zoom_for(image: Image.Image, panel_side: int) -> int:
@@ -106,9 +114,4 @@ def _write(draw: ImageDraw.ImageDraw, caption: Caption, corner: tuple[int, int],
 
 def even(image: Image.Image) -> Image.Image:
     """The image with even sides, as video codecs need them."""
-    size = tuple(side + side % 2 for side in image.size)
-    if size == image.size:
-        return image
-    padded = Image.new("RGB", size, "white")
-    padded.paste(image)
-    return padded
+    return ImageOps.expand(image, (0, 0, image.width % 2, image.height % 2), "white")

@@ -40,6 +40,7 @@ from apt_backbones.scores import SCORERS, check_scorer
 from apt_backbones.selection import undo_normalization
 from apt_backbones.trunk import AdaptiveTrunk, find_trunk
 from tools.compare import metrics_of
+from tools.drawing import chart
 from tools.machine import hardware
 from tools.mm_config import add_settings_argument, check_data, is_classifier, load_config
 from tools.mm_runs import (
@@ -370,11 +371,6 @@ def said_of(report: dict) -> list[str]:
 
 def draw(path: Path, report: dict) -> None:
     """The first metric against tokens and against time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     first, *_ = report["rows"][0]["metrics"]
     methods: dict[str, list[dict]] = {}
     for line in report["rows"]:
@@ -382,7 +378,7 @@ def draw(path: Path, report: dict) -> None:
     merged = [line for line in report["rows"] if line["scorer"]]
     scorers, scales = (list(dict.fromkeys(line[name] for line in merged)) for name in ("scorer", "scale"))
     legend_lines = math.ceil(len(methods) / 3)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.3 + 0.25 * legend_lines), sharey=True, layout="constrained")
+    figure, panels = chart((11, 4.3 + 0.25 * legend_lines), 2, sharey=True)
     costs = (
         (
             "tokens of the content, percent of those of the configuration's image",

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from tools.cli import check_at_least, parser_of
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
+from apt_backbones.files import write_atomically
 from apt_backbones.images import evenly, read_rgb, to_tensor
 from apt_backbones.new_layers import save_new_layers
 from tools import steps
+from tools.drawing import chart
 from tools.frozen_model import add_model_arguments, add_target_arguments, frozen_model, images_of, model_key
 
 CALIBRATED_ON = 200
@@ -33,12 +35,7 @@ LAYERS = ("embedding", "adapters", "maps")
 
 def plot(path: Path, curve: list[float], what: str) -> None:
     """The distance to the dense model over the iterations, and its running mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = chart((7, 4))
     window = max(1, len(curve) // 20)
     means = torch.tensor(curve).unfold(0, window, 1).mean(1)
     axes.plot(range(1, len(curve) + 1), curve, alpha=0.3)
@@ -46,7 +43,7 @@ def plot(path: Path, curve: list[float], what: str) -> None:
     axes.set(xlabel="iteration", ylabel=f"distance of the {what} to the dense model's", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=150))
 
 
 def ends_of(curve: list[float]) -> tuple[float, float]:
@@ -133,7 +130,6 @@ def main() -> None:
         rate=rate,
         prepare=prepare,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_new_layers(frozen.model, args.out)
     if args.plot:
         plot(args.plot, curve["distance"], loss)

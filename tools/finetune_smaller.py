@@ -76,7 +76,6 @@ def main() -> None:
         rate=args.rate,
         prepare=frozen.settings.prepare,
     )["distance"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(args.out, frozen.model.state_dict())
     if args.plot:
         plot(args.plot, curve, "probabilities")
