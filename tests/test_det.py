@@ -82,6 +82,14 @@ def test_pyramid_equals_the_original():
         assert level.is_contiguous(), "mmcv's RoIAlign misreads other memory formats"
 
 
+def test_a_map_of_one_row_has_all_levels():
+    """As a very long image has."""
+    pyramid = MODELS.build(dict(type="SimpleFeaturePyramid", in_channels=16, out_channels=8))
+    row, column = (pyramid((torch.randn(1, 16, *size),)) for size in ((1, 6), (5, 1)))
+    assert [level.shape[2:] for level in row] == [(4, 24), (2, 12), (1, 6), (1, 3), (1, 2)]
+    assert [level.shape[2:] for level in column] == [(20, 4), (10, 2), (5, 1), (2, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("class_agnostic", [False, True])
 def test_masks_can_be_ranked_by_maskness(class_agnostic):
     # Two masks for class 1: probabilities above one half are 0.8 everywhere, and 0.6 on one of four pixels.

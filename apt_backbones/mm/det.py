@@ -7,6 +7,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .short_finetune import ShortFinetune
 
@@ -47,8 +48,12 @@ class SimpleFeaturePyramid(BaseModule):
 
     def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Five maps (B, out_channels, ...) from the last of the trunk's maps (B, in_channels, H, W)."""
+        x = maps[-1]
+        height, width = x.shape[2:]
+        halvable = F.pad(x, (0, int(width == 1), 0, int(height == 1)), mode="replicate")
+        levels = [self.p2(x), self.p3(x), self.p4(x), self.p5(halvable)]
         # mmcv's RoIAlign reads memory as if maps were contiguous, and a norm over channels leaves channels last.
-        levels = [level(maps[-1]).contiguous() for level in (self.p2, self.p3, self.p4, self.p5)]
+        levels = [level.contiguous() for level in levels]
         return (*levels, levels[-1][:, :, ::2, ::2].contiguous())
 
 
