@@ -112,7 +112,7 @@ class Segmenter(Trunk):
         return self.model.encode_decode(images, [{"img_shape": images.shape[2:]}] * len(images))
 
     def parts(self, case: Case) -> Parts:
-        neck = {"neck": [(self.model.neck, "forward")]} if self.model.with_neck else {}
+        neck = {"neck": [(self.model, "head_inputs")]} if self.model.with_neck else {}
         return {**super().parts(case), **neck, "head": [(self.model.decode_head, "forward")]}
 
     def check(self, case: Case, batch: Batch) -> Sequence[Tensor]:
@@ -123,9 +123,9 @@ class Segmenter(Trunk):
 
     def other_gflops(self, case: Case) -> float:
         batch = self.batches[0]
-        maps, neck = case.model(case.images(batch)), self.model.neck if self.model.with_neck else nn.Identity()
+        maps = case.model(case.images(batch))
         self._use(case)
-        return count_gflops(lambda: self.model.decode_head(neck(maps))) / len(maps[0])
+        return count_gflops(lambda: self.model.decode_head(self.model.head_inputs(maps))) / len(maps[0])
 
 
 class Detector(Trunk):

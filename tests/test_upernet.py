@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmseg.models import UPerHead
+from mmseg.models import Feature2Pyramid, UPerHead
 from mmseg.registry import MODELS
 from torch import nn
 
 from apt_backbones.mm import upernet
 from apt_backbones.mm.resized_conv import conv3x3_of_resized
+from apt_backbones.mm.upernet import Unfinished, unfinished_pyramid
 from benchmarks.clock import count_gflops
 from tests.golden import relative_error
+from tests.test_seg_model import config
 
 CONFIGS = Path(__file__).parents[1] / "seg_configs"
 
@@ -24,7 +26,7 @@ def head(kind="FastUPerHead", **kwargs) -> nn.Module:
     """A small head as after training: nothing is zero, one or equal by accident."""
     init_default_scope("mmseg")
     norm_cfg = kwargs.pop("norm_cfg", dict(type="BN"))
-    options = dict(in_channels=[6, 5, 4, 7], in_index=[0, 1, 2, 3], channels=8, num_classes=5, **kwargs)
+    options = dict(in_channels=[6, 5, 4, 7], in_index=[0, 1, 2, 3], channels=8, num_classes=5) | kwargs
     torch.manual_seed(1)
     model = MODELS.build(dict(type=kind, norm_cfg=norm_cfg, **options)).eval()
     for module in model.modules():
@@ -120,6 +122,42 @@ def test_gradients_are_those_of_mmsegs_head(training):
         gradients.append(torch.autograd.grad(logits.square().sum(), [*inputs, *model.parameters()]))
     for ours, theirs in zip(*gradients):
         assert torch.equal(ours, theirs)
+
+
+@settings(max_examples=20)
+@given(
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    from_4x=st.booleans(),
+    norm_cfg=st.sampled_from([dict(type="BN"), None]),
+)
+def test_levels_whose_last_layer_is_left_to_the_head_give_the_same(height, width, from_4x, norm_cfg):
+    rescales = [4, 2, 1, 0.5] if from_4x else [2, 1, 0.5, 0.25]
+    neck = Feature2Pyramid(6, rescales, norm_cfg=dict(type="BN")).eval()
+    model = head(norm_cfg=norm_cfg, in_channels=[6, 6, 6, 6])
+    least = 2 if from_4x else 4
+    maps = torch.randn(4, 2, 6, least * height, least * width).unbind()
+    with torch.no_grad():
+        levels = unfinished_pyramid(neck, maps)
+        assert sum(isinstance(level, Unfinished) for level in levels) == (2 if from_4x else 1)
+        assert relative_error(model(levels), model(neck(maps))) < 1e-4
+        model.in_index = [3, 2, 1, 0]  # the coarsest level unfinished
+        assert relative_error(model(levels), model(neck(maps))) < 1e-4
+
+
+def test_a_segmenter_leaves_the_last_layer_of_its_neck_to_the_fast_head_alone():
+    cfg = config()
+    cfg.decode_head.type = "FastUPerHead"
+    model = MODELS.build(cfg).eval()
+    maps = torch.randn(4, 1, 48, 8, 8).unbind()
+    with torch.no_grad():
+        fast, gflops = model.head_inputs(maps), {}
+        for model.decode_head.inference in ("fast", "reference"):
+            gflops[model.decode_head.inference] = count_gflops(lambda: model.decode_head(model.head_inputs(maps)))
+        assert isinstance(fast[0], Unfinished) and gflops["fast"] < 0.6 * gflops["reference"]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.head_inputs(maps), model.neck(maps)))
+    model.decode_head.inference = "fast"
+    assert all(isinstance(level, torch.Tensor) for level in model.head_inputs(maps)), "with gradients"
 
 
 def changed_by_loading(model):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.structures import PixelData
-from mmseg.models import EncoderDecoder
+from mmseg.models import EncoderDecoder, Feature2Pyramid
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from timm.layers import resample_abs_pos_embed
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..trunk import find_trunk, named_trunk
 from .short_finetune import ShortFinetune
+from .upernet import FastUPerHead, Unfinished, unfinished_pyramid
 
 
 @MODELS.register_module()
@@ -107,7 +108,19 @@ class APTEncoderDecoder(EncoderDecoder):
         # Heads take the size of their output from here; mask classification prefers the second.
         shapes = dict.fromkeys(("img_shape", "pad_shape"), torch.Size(size))
         metas = [{**meta, **shapes} for meta in batch_img_metas]
-        return self.decode_head.predict(self.neck(maps) if self.with_neck else maps, metas, self.test_cfg)
+        return self.decode_head.predict(self.head_inputs(maps), metas, self.test_cfg)
+
+    def head_inputs(self, maps: Sequence[Tensor]) -> Sequence[Tensor | Unfinished]:
+        """What the decode head reads, of the backbone's maps."""
+        if not self.with_neck:
+            return maps
+        if (
+            type(self.neck) is Feature2Pyramid
+            and isinstance(self.decode_head, FastUPerHead)
+            and self.decode_head.is_fast
+        ):
+            return unfinished_pyramid(self.neck, maps)
+        return self.neck(maps)
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, classes, height, width), averaged where crops overlap; crops are placed as mmseg places them."""
