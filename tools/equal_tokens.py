@@ -9,12 +9,12 @@ examples:
       det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors
 
 Tests an adaptive configuration without merging, on images of its own size and of smaller ones, and with merging at
-thresholds that keep shares of the tokens (found on the test's images; its labels are not used). Writes a table, a
-chart and a JSON file, which tools/compare.py reads, too. In parentheses is what a method gains over a smaller image of
-as many tokens of the content, and of IoU, accuracy and COCO's average precision the standard deviation of that over
-samples of the images; between the sizes that are tested the curve is a straight line. --scales merges larger images,
-too, if your model reads them well. The same weights see all sizes; if you have others that were trained on smaller
-images, --smaller compares with those.
+thresholds that keep shares of the tokens (found on the test's images; its labels are not used). Writes a table, a chart
+and a JSON file, which tools/compare.py reads, too. In parentheses is what a method gains over a smaller image of as
+many tokens of the content, and of IoU, accuracy and COCO's average precision the standard deviation of that over
+samples of the images; between the sizes that are tested the curve is a straight line. Ten images are timed that, in
+every line, keep as many tokens as all do. --scales merges larger images, too, if your model reads them well. The same
+weights see all sizes; if you have others that were trained on smaller images, --smaller compares with those.
 Finished tests are kept in the work directory: the same command resumes.
 """
 
