@@ -26,10 +26,18 @@ def test_devices_that_are_not_there_are_refused(tool, device, message, monkeypat
 
 @pytest.mark.parametrize(
     "tool, flag",
-    [("distill_scorer", flag) for flag in ("--copies", "--epochs", "--prototypes", "--sample", "--resize")]
+    [("distill_scorer", flag) for flag in ("--copies", "--epochs", "--sample", "--resize")]
     + [("finetune_features", flag) for flag in ("--iterations", "--batch", "--resize")],
 )
 def test_counts_of_nothing_are_refused(tool, flag, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_script(monkeypatch, f"tools/{tool}.py", *ARGUMENTS[tool], flag, "0")
     assert stop.value.code == f"error: {flag} must be at least 1"
+
+
+@pytest.mark.parametrize("count", ["0", "1"])
+def test_clusters_are_several(count, monkeypatch):
+    """Of one nothing is nearer than of another."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, "tools/distill_scorer.py", *ARGUMENTS["distill_scorer"], "--prototypes", count)
+    assert stop.value.code == "error: --prototypes must be at least 2"
