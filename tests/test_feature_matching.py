@@ -213,7 +213,11 @@ def test_a_run_is_known_by_the_files_of_a_llavas_folder(tmp_path):
         return model_key(argparse.Namespace(model=str(tmp_path), weights=None))
 
     first = key("a")
+    (tmp_path / "scorer.safetensors").touch()  # what a run writes there
     assert model_key(argparse.Namespace(model=str(tmp_path), weights=None)) == first and key("bb") != first
+    second = key("bb")
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert model_key(argparse.Namespace(model=str(tmp_path), weights=None)) != second
 
 
 def test_images_of_another_size_are_trained_on_anew(paths, tmp_path, monkeypatch):

@@ -119,6 +119,8 @@ def test_pictures_of_the_same_name_are_told_apart():
     paths = [Path(name) for name in ("p/a/x.png", "q/a/x.png", "x.jpg", "y.png", "b/z.jpg", "b/z.png")]
     named = [name for name in names_of([*paths, paths[0]]).values()]
     assert named == ["p_a_x_png", "q_a_x_png", "x_jpg", "y", "z_jpg", "z_png"]
+    alike = [Path("a.b/x.png"), Path("a_b/x.png")]
+    assert names_of(alike) == {alike[0]: "x_1", alike[1]: "x_2"}
 
 
 @pytest.mark.parametrize(

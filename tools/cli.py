@@ -27,7 +27,7 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
 
 def names_of(paths: Sequence[Path]) -> dict[Path, str]:
     """A name for what is made of each file: its own without suffix; where several have the same, with as much of their
-    paths as tells them apart."""
+    paths as tells them apart, or else numbers."""
     same: dict[str, list[Path]] = {}
     for path in dict.fromkeys(paths):
         same.setdefault(path.stem, []).append(path)
@@ -36,6 +36,8 @@ def names_of(paths: Sequence[Path]) -> dict[Path, str]:
         parts += 1
         for stem, group in list(same.items()):
             named = [stem] if len(group) == 1 else ["_".join(path.parts[-parts:]).replace(".", "_") for path in group]
+            if parts > max(len(path.parts) for path in group):
+                named = [f"{stem}_{number}" for number in range(1, len(group) + 1)]
             if len({*named}) == len(group):
                 names |= dict(zip(same.pop(stem), named))
     return {path: names[path] for path in paths}

@@ -78,16 +78,16 @@ def images_of(args: argparse.Namespace) -> list[Path]:
 
 
 def model_key(args: argparse.Namespace) -> list[str | None]:
-    """What stands for the model that the flags name: the content of its configuration and of its weights; of a folder,
-    which may hold many gigabytes, the names, sizes and dates of its files."""
+    """What stands for the model that the flags name: the content of its configuration and of its weights; of a LLaVA's
+    folder, which holds many gigabytes, names, sizes and dates of these files."""
     model = args.model
     if Path(model).suffix == ".py":
         from tools.mm_config import read_config
 
         model = digest(read_config(model).to_dict())
     elif Path(model).is_dir():
-        about = {str(file): file.stat() for file in sorted(Path(model).rglob("*")) if file.is_file()}
-        model = digest([[name, of.st_size, of.st_mtime_ns] for name, of in about.items()])
+        files = [file for pattern in ("*config.json", "*model*") for file in sorted(Path(model).glob(pattern))]
+        model = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     return [model, args.weights and fingerprint(args.weights)]
 
 
