@@ -392,12 +392,14 @@ class Study:
     @torch.inference_mode()
     def timed_images(self, settings: Sequence[Setting]) -> list[int]:
         """Numbers of ``TIMED_IMAGES`` of the test split whose mean tokens are near those of all, in every setting."""
-        tokens = []
-        for setting in dict.fromkeys(setting.plain for setting in settings if setting.method != "tome"):
-            with self.as_set(setting):
-                images = track(list(self.images("test", setting.image)), f"tokens, {setting.name}", console=console)
-                tokens.append([self.vit.layout(self.normalized(pixels)).num_tokens for pixels in images])
-        return representative(np.array(tokens), TIMED_IMAGES)
+        tokens = {setting.plain: [] for setting in settings if setting.method != "tome"}
+        for size in dict.fromkeys(setting.image for setting in tokens):
+            of_size = [setting for setting in tokens if setting.image == size]
+            for pixels in track(list(self.images("test", size)), f"tokens, {text(size)}", console=console):
+                for setting in of_size:
+                    with self.as_set(setting):
+                        tokens[setting].append(self.vit.layout(self.normalized(pixels)).num_tokens)
+        return representative(np.array([*tokens.values()]), TIMED_IMAGES)
 
     def forward_of(self, setting: Setting, original: nn.Module) -> Callable[[Tensor], object]:
         """What is timed: for dense images timm's own network, unless maps are filled."""

@@ -31,15 +31,12 @@ def names_of(paths: Sequence[Path]) -> dict[Path, str]:
     same: dict[str, list[Path]] = {}
     for path in dict.fromkeys(paths):
         same.setdefault(path.stem, []).append(path)
-    names, parts = {}, 0
-    while same:
-        parts += 1
-        for stem, group in list(same.items()):
-            named = [stem] if len(group) == 1 else ["_".join(path.parts[-parts:]).replace(".", "_") for path in group]
-            if parts > max(len(path.parts) for path in group):
-                named = [f"{stem}_{number}" for number in range(1, len(group) + 1)]
-            if len({*named}) == len(group):
-                names |= dict(zip(same.pop(stem), named))
+    names = {}
+    for stem, group in same.items():
+        longest = max(len(path.parts) for path in group)
+        ends = [["_".join(path.parts[-n:]).replace(".", "_") for path in group] for n in range(1, longest + 1)]
+        numbers = [f"{stem}_{number}" for number in range(1, len(group) + 1)]
+        names |= zip(group, next(tried for tried in ([stem], *ends, numbers) if len({*tried}) == len(group)))
     return {path: names[path] for path in paths}
 
 
