@@ -1,5 +1,6 @@
 """LLaVA's image processor plus the patch layout, scored once, in float32, on the pixels that are handed on."""
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -49,12 +50,16 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
     def process_image(self, image, **kwargs) -> Tensor:
         if isinstance(image, Image.Image):
             image = eight_bits(ImageOps.exif_transpose(image))
+        elif getattr(image, "dtype", None) in (torch.uint16, np.uint16):  # of a path or address, too
+            image = torch.as_tensor(image).int()
+            image = (image // 256 if image.max() > 255 else image).byte()
         return super().process_image(image, **kwargs)
 
     def _preprocess(
         self,
         images: list[Tensor],
         do_rescale: bool,
+        rescale_factor: float,
         do_normalize: bool,
         image_mean,
         image_std,
@@ -79,10 +84,11 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
                 raise ValueError(
                     f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too narrow to crop; pass do_pad=True"
                 )
-        in_unit_range = do_rescale or images[0].is_floating_point()
+        in_unit_range = images[0].is_floating_point()
         features = super()._preprocess(
             images,
             do_rescale=do_rescale,
+            rescale_factor=rescale_factor,
             do_normalize=do_normalize,
             image_mean=image_mean,
             image_std=image_std,
@@ -93,9 +99,9 @@ class LlavaAptImageProcessor(LlavaImageProcessor):
         if len({image.shape for image in features["pixel_values"]}) > 1:
             raise ValueError("images have several sizes after processing; leave do_center_crop or do_pad on")
         pixels = torch.stack(list(features["pixel_values"])).float()
-        scale = 255 if in_unit_range else 1
-        mean, std = (image_mean, image_std) if do_normalize else ((0,) * 3, (1,) * 3)
-        pixels = undo_normalization(pixels, [scale * x for x in mean], [scale * x for x in std])
+        scale = 1 / rescale_factor if do_rescale else 255 if in_unit_range else 1
+        mean, std = (np.broadcast_to(x, 3) for x in ((image_mean, image_std) if do_normalize else (0, 1)))
+        pixels = undo_normalization(pixels, (scale * mean).tolist(), (scale * std).tolist())
         sides_BHW = patch_sides(pixels, thresholds, patch_size, scorer, merge)
         if (bad := (sides_BHW < 0).flatten(1).any(1)).any():
             raise ValueError(f"images {bad.nonzero().flatten().tolist()} of the batch have NaN or infinite pixels")

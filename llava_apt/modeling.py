@@ -163,9 +163,8 @@ class LlavaAptForConditionalGeneration(LlavaForConditionalGeneration):
             OSError: there is no such checkpoint, or its weights are not in safetensors files.
         """
         refuse_misspelt(kwargs)
-        if any(Path(pretrained_model_name_or_path).glob("*.bin")) and not any(
-            Path(pretrained_model_name_or_path).glob("*.safetensors")
-        ):
+        folder = Path(pretrained_model_name_or_path or "")
+        if pretrained_model_name_or_path and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
             raise OSError(
                 f"{pretrained_model_name_or_path} has its weights in .bin files, which may hold code; convert them: "
                 f"transformers.LlavaForConditionalGeneration.from_pretrained({str(pretrained_model_name_or_path)!r})"

@@ -137,6 +137,14 @@ def test_auto_classes_find_a_saved_adapted_model(checkpoint, tmp_path):
         assert torch.equal(loaded(**again).logits, model(**inputs).logits)
 
 
+def test_weights_may_be_handed_over_with_a_configuration(checkpoint):
+    model, processor = load(checkpoint, trained=True, **ON)
+    again = LlavaAptForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    inputs = processor(images=photo(), text=PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+
+
 def test_new_layers_alone_turn_a_stock_checkpoint_into_the_adapted_model(checkpoint, tmp_path):
     adapted, processor = load(checkpoint, trained=True, **ON)
     path = save_new_layers(adapted, tmp_path)

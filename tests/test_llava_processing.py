@@ -92,7 +92,13 @@ def test_unnormalised_and_unscaled_images_get_the_same_layout():
     """Callers may switch off parts of the processing; the scores stay those of pixels in 0..255."""
     image = photo(size=(SIDE, SIDE))
     expected = processor()(images=image, text=PROMPT, return_tensors="pt")["patch_sides"]
-    for options in ({"do_normalize": False}, {"do_rescale": False}, {"do_rescale": False, "do_normalize": False}):
+    twice = {"rescale_factor": 2 / 255, "image_mean": 1.0, "image_std": [0.5] * 3}
+    for options in (
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        twice,
+    ):
         result = processor()(images=image, text=PROMPT, return_tensors="pt", **options)
         assert torch.equal(result["patch_sides"], expected)
     unit = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -125,6 +131,11 @@ def rotated(tmp_path):
     return Image.open(tmp_path / "rotated.png")
 
 
+def sixteen_bits(tmp_path):
+    Image.fromarray(GREY * 256 + 17).save(tmp_path / "sixteen.png")
+    return str(tmp_path / "sixteen.png")
+
+
 GREY = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint16)
 RED = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
 
@@ -134,11 +145,23 @@ RED = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
     [
         (rotated, photo(size=(SIDE, SIDE))),
         (Image.fromarray(GREY * 256 + 17), Image.fromarray(GREY.astype(np.uint8))),  # scaled, not clipped
+        (sixteen_bits, Image.fromarray(GREY.astype(np.uint8))),
+        (np.repeat(GREY[..., None] * 256 + 17, 3, 2), Image.fromarray(GREY.astype(np.uint8))),
+        (torch.from_numpy(np.stack(3 * [GREY])), Image.fromarray(GREY.astype(np.uint8))),  # 8 bits in wider numbers
         (Image.fromarray(GREY.astype(np.int32)), Image.fromarray(GREY.astype(np.uint8))),  # 8 bits in wider numbers
         (RED.convert("P"), RED),
         (RED.convert("CMYK"), RED),
     ],
-    ids=["EXIF", "16 bits", "8 of 32 bits", "palette", "CMYK"],
+    ids=[
+        "EXIF",
+        "16 bits",
+        "16 bits, a path",
+        "16 bits, numpy",
+        "8 of 16 bits, torch",
+        "8 of 32 bits",
+        "palette",
+        "CMYK",
+    ],
 )
 def test_images_look_as_they_are_meant_to(stored, shown, tmp_path):
     stored = stored(tmp_path) if callable(stored) else stored
