@@ -117,6 +117,16 @@ def run_block(
     return after(block, x_TD, x_TNH, gate, keep, fc1, adapter, is_merged)
 
 
+def _is_pre_norm(block: nn.Module) -> bool:
+    block = getattr(block, "original_module", block)  # of PEFT's wrapper, for blocks that train as a whole
+    if not isinstance(block, _PRE_NORM + _POST_NORM):
+        raise TypeError(
+            f"a block was wrapped in {type(block).__name__}, whose own work packed tokens would pass by; use "
+            "compile_blocks() to compile blocks, and set_grad_checkpointing() to recompute them"
+        )
+    return isinstance(block, _PRE_NORM)
+
+
 def _before_attention(
     block: nn.Module,
     x_TD: Tensor,
@@ -127,7 +137,7 @@ def _before_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Rotated queries and keys and values (T, N, H), and the gate of attention's output."""
     attn = block.attn
-    if isinstance(block, _PRE_NORM):
+    if _is_pre_norm(block):
         x_TD = block.norm1(x_TD)
     gate = None if getattr(attn, "gate", None) is None else attn.gate(x_TD).sigmoid()
     half = getattr(attn, "rotate_half", False)
@@ -177,7 +187,7 @@ def _after_attention(
 ) -> Tensor:
     """The tokens after a block, given what attention made of them."""
     x_TD = x_TD + _scale(_attended(block, x_TNH, gate), keep[0])
-    is_pre_norm = isinstance(block, _PRE_NORM)
+    is_pre_norm = _is_pre_norm(block)
     input_TD = block.norm2(x_TD) if is_pre_norm else x_TD
     branch_TD = _mlp(block.mlp, input_TD, fused)
     branch_TD = _layer_scale(block, 2, branch_TD) if is_pre_norm else block.norm2(branch_TD)
@@ -189,7 +199,7 @@ def _attended(block: nn.Module, x_TNH: Tensor, gate: Tensor | None) -> Tensor:
     """The branch of attention (T, D)."""
     attn, x_TD = block.attn, block.attn.norm(x_TNH.flatten(1))
     x_TD = attn.proj_drop(attn.proj(x_TD if gate is None else x_TD * gate))
-    return _layer_scale(block, 1, x_TD) if isinstance(block, _PRE_NORM) else block.norm1(x_TD)
+    return _layer_scale(block, 1, x_TD) if _is_pre_norm(block) else block.norm1(x_TD)
 
 
 def _layer_scale(block: nn.Module, branch: int, x_TD: Tensor) -> Tensor:

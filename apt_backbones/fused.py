@@ -30,7 +30,7 @@ class FusedLinears:
             may keep hold of its memory), is not a plain ``nn.Linear`` (an adapter or a quantized layer), is sharded, or
             has hooks.
         """
-        if any(type(layer) is not nn.Linear or layer.weight.requires_grad or is_hooked(layer) for layer in layers):
+        if any(type(layer) is not nn.Linear or _trains(layer) or is_hooked(layer) for layer in layers):
             return None
         return (self._weight, self._bias) if self._is_current(layers) else self._fuse(layers)
 
@@ -75,6 +75,10 @@ class FusedLinears:
             torch._dynamo.mark_static(fused)
         self._weight, self._bias, self._layers = weight, bias, layers  # last: other threads may ask meanwhile
         return weight, bias
+
+
+def _trains(layer: nn.Linear) -> bool:
+    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
 
 
 def is_hooked(module: nn.Module) -> bool:

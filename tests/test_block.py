@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from apt_backbones import freeze_host
 from apt_backbones.block import Call, FusedBlock, run_block
@@ -81,9 +83,10 @@ def test_fused_weights_are_never_stale(change):
 def test_layers_that_train_or_are_no_plain_linear_layers_are_left_alone():
     parts = layers(12, 12, 8)
     addresses = [part.weight.data_ptr() for part in parts]
-    parts[1].weight.requires_grad_()
-    assert FusedLinears().fuse(parts) is None
-    parts[1].weight.requires_grad_(False)
+    for trained in (parts[1].weight, parts[2].bias):
+        trained.requires_grad_()
+        assert FusedLinears().fuse(parts) is None
+        trained.requires_grad_(False)
 
     class Adapted(torch.nn.Linear):
         pass
@@ -289,6 +292,28 @@ def test_hooks_and_adapters_on_blocks_and_fused_layers_act():
     model.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape) or 2 * output)
     assert not torch.allclose(model(images)[0], changed)
     assert seen[1:] == [(model.last_layout.num_tokens, model.embed_dim), "k_proj"]
+
+
+def test_a_block_that_trains_beside_adapters_is_the_block_that_runs():
+    """PEFT wraps it in a module of its own."""
+    model, images = tiny(thresholds=THRESHOLDS, **WINDOWS), pictures(1, 128, 80)
+    expected = model(images)[0]
+    peft = get_peft_model(model, LoraConfig(target_modules=["proj"], modules_to_save=["blocks.1"]))
+    torch.testing.assert_close(model(images)[0], expected, atol=1e-6, rtol=0)
+    model.blocks[1].modules_to_save["default"].mlp.fc2.weight.data.mul_(2)
+    assert not torch.allclose(model(images)[0], expected)
+    peft.disable_adapter_layers()
+    torch.testing.assert_close(model(images)[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda block: torch.compile(block, backend="eager"), checkpoint_wrapper], ids=["compiled", "checkpointed"]
+)
+def test_blocks_in_wrappers_whose_work_would_be_passed_by_are_refused(wrap):
+    model = tiny(thresholds=THRESHOLDS, **WINDOWS)
+    model.blocks[1] = wrap(model.blocks[1])
+    with pytest.raises(TypeError, match=r"wrapped in .*use compile_blocks\(\) .* set_grad_checkpointing"):
+        model(pictures(1, 128, 80))
 
 
 def test_a_model_built_without_memory_equals_the_original():
