@@ -64,7 +64,7 @@ class AdaptivePatchEmbed(nn.Module):
             factor = size // layout.patch_size
             image, row, column = layout.image_T[index], layout.row_T[index], layout.column_T[index]
             at = (row // factor, column // factor)
-            merged = self._resized(images, image, *at, proj, size)
+            merged = self._resized(images, image, *at, proj, size, layout.patch_size)
             if self.has_detail:
                 merged = merged + self._detail(cells_BDHW, image, row, column, factor)
             coarse = () if positions is None else tuple(side // factor for side in positions_HWD.shape[:2])
@@ -78,13 +78,15 @@ class AdaptivePatchEmbed(nn.Module):
     # stay in the graph, as distributed training needs.
 
     def _resized(
-        self, images: Tensor, image: Tensor, row: Tensor, column: Tensor, proj: nn.Conv2d, size: int
+        self, images: Tensor, image: Tensor, row: Tensor, column: Tensor, proj: nn.Module, size: int, patch_size: int
     ) -> Tensor:
         """E(resize(P)) (n, D) of all patches of one size; rows and columns count patches of that size."""
         height, width = (side // size for side in images.shape[2:])
         blocks = images[:, :, : height * size, : width * size].unflatten(2, (height, size)).unflatten(4, (width, size))
         pixels = blocks[image, :, row, :, column]
-        pixels = F.interpolate(pixels, size=proj.kernel_size, mode="bilinear", align_corners=False)
+        pixels = F.interpolate(pixels, size=(patch_size, patch_size), mode="bilinear", align_corners=False)
+        if type(proj) is not nn.Conv2d:  # an adapter's weight is not all that it computes with
+            return proj(pixels).flatten(1)
         return F.linear(pixels.flatten(1), proj.weight.flatten(1), proj.bias)
 
     def _detail(self, cells_BDHW: Tensor, image: Tensor, row: Tensor, column: Tensor, factor: int) -> Tensor:

@@ -32,6 +32,6 @@ def along_axes(cells_BHWD: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 @torch.inference_mode(False)
 def _matrix(old: int, new: int, antialias: bool, device: torch.device) -> Tensor:
     """(new, old): what every new cell takes from every old one along one axis."""
-    identity = torch.eye(old)[None, None]
+    identity = torch.eye(old, dtype=torch.float32)[None, None]
     matrix = F.interpolate(identity, size=(new, old), mode="bicubic", align_corners=False, antialias=antialias)
     return matrix[0, 0].to(device)

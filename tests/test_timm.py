@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from apt_backbones import adapt, freeze_host
 from apt_backbones.new_layers import save_new_layers
+from apt_backbones.resample import _matrix
 from tests.golden import relative_error
 
 FAMILIES = [
@@ -262,6 +264,47 @@ def test_images_may_be_smaller_than_the_largest_patch():
     images = pictures(model, 1, 3, 2)
     expected = model(images)
     assert relative_error(adapt(model, {32: 0.0, 64: 9.0, 128: 9.0})(images), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_what_timms_convolution_leaves_out_of_an_image_is_left_out():
+    """384 pixels are 27 patches of 14 and 6 pixels more."""
+    model = timm.create_model("vit_so400m_patch14_siglip_384", depth=1, embed_dim=32, num_heads=2).eval()
+    images = torch.randn(1, 3, 384, 384)
+    expected = model.forward_features(images)
+    assert expected.shape[1] == 27 * 27
+    assert torch.equal(adapt(model, {28: 0.0}).forward_features(images), expected)
+
+
+@torch.no_grad()
+def test_low_rank_additions_to_the_patch_projection_act_on_merged_patches():
+    model = adapt(build("vit_tiny_patch16_224"), {32: 5.5})
+    images = pictures(model, 1, 4, 4)
+    expected = model(images)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["patch_embed.proj"]))
+    torch.testing.assert_close(adapted(images), expected)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    added = adapted(images)
+    assert not torch.allclose(added, expected)
+    assert 0 < model.last_layout.is_merged_T1.sum() < model.last_layout.num_tokens
+    torch.testing.assert_close(adapted.merge_and_unload()(images), added, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_of_the_default_dtype_runs_and_leaves_nothing_behind():
+    model = adapt(build("vit_tiny_patch16_224"), {32: 5.5})
+    images = pictures(model, 1, 6, 10)
+    expected = model(images)
+    for dtype, error in ((torch.float64, 1e-5), (torch.bfloat16, 1e-5)):
+        _matrix.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            assert relative_error(model(images), expected) < error
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert relative_error(model(images), expected) < error
 
 
 @pytest.mark.parametrize(

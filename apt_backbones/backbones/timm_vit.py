@@ -107,11 +107,18 @@ class AdaptiveTimm(AdaptiveTrunk):
                 f"images are {size[0]} x {size[1]} pixels, the model takes {embed.img_size[0]} x {embed.img_size[1]}; "
                 "resize them, or create the model with img_size=... or dynamic_img_size=True"
             )
-        if not embed.dynamic_img_pad and any(side % self.patch_size for side in size):
+        if not (embed.strict_img_size or embed.dynamic_img_pad) and any(side % self.patch_size for side in size):
             raise ValueError(
                 f"images of {size[0]} x {size[1]} pixels are not whole patches of {self.patch_size}; resize them, or "
                 "create the model with dynamic_img_pad=True"
             )
+
+    def _pad(self, images: Tensor) -> Tensor:
+        embed, (height, width) = self.patch_embed, images.shape[2:]
+        if embed.strict_img_size and not embed.dynamic_img_pad and (height, width) == tuple(embed.img_size):
+            # timm's convolution leaves out what is no whole patch, as of so400m's 384 pixels.
+            return images[:, :, : height - height % self.patch_size, : width - width % self.patch_size]
+        return super()._pad(images)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normed prefix and cell tokens (B, P + H * W, D) of normalized images (B, 3, height, width)."""
