@@ -88,6 +88,13 @@ def test_trains_from_timms_weights_and_tests_what_it_saved(data, weights, tmp_pa
     assert metrics["top1"] == 100 and metrics["top5"] == 100
     assert metrics["content_kept"] < 0.9
     assert metrics["images_per_second"] > 0
+    more = [*options(data), f"test_dataloader.dataset.data_root={data / 'val_of_one'}"]
+    (data / "val_of_one").mkdir()
+    (data / "val/warm").rename(data / "val_of_one/warm")
+    with pytest.raises(ValueError, match=r"val_of_one has other classes .* differ in cold"):
+        test.main([config, checkpoint, "--work-dir", str(tmp_path / "other"), "--cfg-options", *more])
+    (data / "val_of_one/cold").mkdir()
+    assert test.main([config, checkpoint, "--work-dir", str(tmp_path / "other"), "--cfg-options", *more])["top1"] == 100
     trained = torch.load(checkpoint, weights_only=False)["state_dict"]
     start = timm.create_model("vit_base_patch16_224", depth=2, num_classes=2).state_dict()
     assert trained["trunk.adaptive_embed.zero_mlp.weight"].any(), "the new layers train"
@@ -199,6 +206,17 @@ def test_data_is_normalized_as_the_model_was_trained(data):
         assert image[0, 0, 0] == pytest.approx(-mean / std, abs=1e-4), "the first class has no red"
 
 
+def test_more_folders_than_classes_are_refused(data, weights, tmp_path):
+    (data / "train/extra").mkdir()
+    Image.new("RGB", (80, 90)).save(data / "train/extra/0.png")
+    config = str(ROOT / "cls_configs/vit_b_16_224_apt.py")
+    with pytest.raises(ValueError, match=r"has 3 folders of classes; set model.num_classes=3"):
+        train.main([config, "--work-dir", str(tmp_path), "--cfg-options", *options(data, load_from=weights)])
+
+
 def test_a_missing_folder_is_named(tmp_path):
+    (tmp_path / "empty/class").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no images in the folders of .*empty"):
+        DATASETS.build(dict(type="FolderOfClasses", data_root=str(tmp_path / "empty"), model="vit_base_patch16_224"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         DATASETS.build(dict(type="FolderOfClasses", data_root=str(tmp_path / "nowhere"), model="vit_base_patch16_224"))

@@ -13,10 +13,12 @@ from mmengine.runner import Runner
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
 from ..backbones.timm_vit import adapt, timm_weights
+from ..trunk import find_trunk
 
 
 def transform_of(model: str, img_size: int | None = None, is_training: bool = False, **options) -> Compose:
@@ -39,7 +41,8 @@ class FolderOfClasses(ImageFolder):
         transform: further arguments of ``timm.data.create_transform``, such as ``auto_augment`` and ``crop_pct``.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no images in folders.
+        FileNotFoundError: there is no such folder, or it holds no images in folders. (A class that is only tested may
+            lack images, but not its folder, by which classes are numbered.)
     """
 
     def __init__(
@@ -50,7 +53,10 @@ class FolderOfClasses(ImageFolder):
         is_training: bool = False,
         transform: dict | None = None,
     ):
-        super().__init__(data_root, transform_of(model, img_size, is_training, **(transform or {})))
+        transform = transform_of(model, img_size, is_training, **(transform or {}))
+        super().__init__(data_root, transform, allow_empty=not is_training)
+        if not self.samples:
+            raise FileNotFoundError(f"no images in the folders of {data_root}")
         self.metainfo = {"classes": tuple(self.classes)}  # mmengine stores it in checkpoints
 
     def __getitem__(self, index: int) -> dict:
@@ -156,6 +162,41 @@ class TopAccuracy(BaseMetric):
 
     def compute_metrics(self, results: list[tuple[bool, bool]]) -> dict[str, float]:
         return {f"top{k}": 100 * sum(hits) / len(hits) for k, hits in zip((1, 5), zip(*results))}
+
+
+@HOOKS.register_module()
+class ClassesHook(Hook):
+    """Raises ValueError for a data set of other classes than those of the training, in this run or in that of the
+    checkpoint: they are numbered by their folders, and one that is missing would shift the others."""
+
+    def __init__(self):
+        self._trained: tuple[str, ...] | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._trained = (checkpoint["meta"].get("dataset_meta") or {}).get("classes")
+
+    def before_train(self, runner: Runner) -> None:
+        self._trained = None  # a checkpoint to start from may be of other classes
+        self._check(runner, runner.train_dataloader)
+        self._trained = runner.train_dataloader.dataset.metainfo["classes"]
+
+    def before_val(self, runner: Runner) -> None:
+        self._check(runner, runner.val_dataloader)
+
+    def before_test(self, runner: Runner) -> None:
+        self._check(runner, runner.test_dataloader)
+
+    def _check(self, runner: Runner, loader: DataLoader) -> None:
+        found, outputs = loader.dataset.metainfo["classes"], find_trunk(runner.model).num_classes
+        if len(found) > outputs:
+            count = len(found)
+            raise ValueError(f"{loader.dataset.root} has {count} folders of classes; set model.num_classes={count}")
+        if self._trained is not None and tuple(found) != tuple(self._trained):
+            differ = ", ".join(sorted({*found} ^ {*self._trained})[:5])
+            raise ValueError(
+                f"{loader.dataset.root} has other classes than the model was trained on, which differ in {differ}; a "
+                "class without images needs an empty folder"
+            )
 
 
 @HOOKS.register_module()

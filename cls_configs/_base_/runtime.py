@@ -15,5 +15,5 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
-custom_hooks = [dict(type="TokenCountHook"), dict(type="ThroughputHook")]
+custom_hooks = [dict(type="TokenCountHook"), dict(type="ThroughputHook"), dict(type="ClassesHook")]
 log_level = "INFO"
