@@ -65,8 +65,17 @@ def test_the_last_validation_of_a_training_counts(tmp_path):
     assert compare.read_run(tmp_path)[0].speed == pytest.approx(20), "batches of the validation"
 
 
+def test_a_batch_that_is_not_full_counts_as_it_is(tested):
+    write(tested / "apt" / "3" / "3.json", {"coco/bbox_mAP": 0.6, "time": 0.25, "images_per_batch": 1.5})
+    write(tested / "apt" / "3" / "vis_data" / "config.py", "test_dataloader = dict(batch_size=2)")
+    (result,) = compare.read_run(tested / "apt")
+    assert result.speed == 6 and result.metrics == {"box mAP": 60.0}
+
+
 def test_metrics_of_other_tasks_are_shown_as_they_are(tmp_path):
-    write(tmp_path / "1" / "1.json", {"accuracy/top1": 71.0, "time": 0.1, "data_time": 0.1, "padding_kept_max": 1.0})
+    write(
+        tmp_path / "1" / "1.json", {"accuracy/top1": 71.0, "time": 0.1, "images_per_batch": 1, "padding_kept_max": 1.0}
+    )
     assert compare.read_run(tmp_path)[0].metrics == {"accuracy/top1": 71.0}
 
 

@@ -187,6 +187,7 @@ def test_tokens_are_logged_beside_the_loss_and_the_metrics(tmp_path):
     assert metrics["accuracy"] == 0.5
     assert metrics["content_kept"] == metrics["padding_kept"] == 1
     assert metrics["tokens"] == 64
+    assert metrics["images_per_batch"] == 2
 
 
 def test_a_resumed_run_continues_with_iteration_optimizer_and_token_counts(tmp_path):
@@ -219,6 +220,14 @@ def test_load_from_is_strict_except_for_the_new_layers(tmp_path):
     torch.save(weights, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"another model: 1 entries \(head.bias\) missing"):
         run.load_checkpoint(str(tmp_path / "cut.pth"))
+
+
+def test_hooks_find_the_weights_whatever_they_are_wrapped_in(tmp_path):
+    """mmengine's ``EMAHook``, for one, reads ``state_dict``."""
+    weights = Toy().state_dict()
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "authors.pth")
+    content = runner(Toy(), tmp_path).load_checkpoint(str(tmp_path / "authors.pth"))
+    assert content["epoch"] == 3 and content["state_dict"].keys() == weights.keys()
 
 
 def test_a_log_history_cannot_smuggle_in_other_attributes(tmp_path):
@@ -257,6 +266,18 @@ def test_training_can_start_from_a_pretrained_trunk(tmp_path):
     torch.save({"module": weights}, tmp_path / "pt.pth")
     trunk = APTEva02(**TRUNK, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "pt.pth")))
     trunk.init_weights()
+    for name, tensor in source.state_dict().items():
+        assert trunk.state_dict()[name].equal(tensor), name
+
+
+def test_training_can_start_from_a_part_of_a_file_and_initialisers_together(tmp_path):
+    source, weights = pretrained(patch_size=8, grid=4)
+    content = {f"teacher.backbone.{name}": tensor for name, tensor in weights.items()} | {"teacher.head": torch.ones(1)}
+    torch.save(content, tmp_path / "whole.pth")
+    file = dict(type="Pretrained", checkpoint=str(tmp_path / "whole.pth"), prefix="teacher.backbone")
+    trunk = APTEva02(**TRUNK, thresholds=THRESHOLDS, init_cfg=[file, dict(type="Constant", layer="Conv2d", val=0.25)])
+    trunk.init_weights()
+    assert (trunk.adaptive_embed.conv_down.weight == 0.25).all(), "which the file does not have"
     for name, tensor in source.state_dict().items():
         assert trunk.state_dict()[name].equal(tensor), name
 

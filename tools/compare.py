@@ -35,7 +35,7 @@ METRICS = {
     "top5": ("top-5 accuracy", 1),
 }
 NO_METRICS = re.compile(
-    r"(val/|test/)?(tokens|(content|padding)_kept.*|time|data_time|step|iter|epoch|lr|base_lr|memory)"
+    r"(val/|test/)?(tokens|images_per_batch|(content|padding)_kept.*|time|data_time|step|iter|epoch|lr|base_lr|memory)"
 )
 
 
@@ -92,7 +92,8 @@ def read_mmengine(path: Path) -> tuple[dict, Path, str] | None:
 
 def of_mmengine(name: str, line: dict, folder: Path, loader: str) -> Result:
     """A line of mmengine's log; its time is that of a batch, loading included."""
-    speed = batch_size(folder / "vis_data" / "config.py", loader) / line["time"] if line.get("time") else None
+    images = line.get("images_per_batch") or batch_size(folder / "vis_data" / "config.py", loader)
+    speed = images / line["time"] if line.get("time") else None
     kept = (line.get(key) for key in ("tokens", "content_kept", "padding_kept"))
     return Result(name, "", metrics_of(line), *kept, speed)
 

@@ -19,7 +19,7 @@ class SafeBackbone:
     """What all backbones here add to mmengine's ``BaseModule``.
 
     ``init_cfg=dict(type="Pretrained", checkpoint=FILE)`` starts training from a file that is read safely and loaded
-    strictly. Other types are mmengine's own initializers.
+    strictly; ``prefix`` takes a part of its weights. Other types, alone or in a list, are mmengine's own initializers.
 
     ``test_dtype="float16"`` or ``"bfloat16"`` computes the trunk in that precision on a GPU when no gradients are
     needed, and returns float32 maps. (Under autocast of a whole test, mmdet places anchors in half precision, which
@@ -46,13 +46,23 @@ class SafeBackbone:
         return tuple(x.float() for x in maps), layout
 
     def init_weights(self) -> None:
-        if self.init_cfg is not None and self.init_cfg["type"] not in ("Pretrained", "mmengine.Pretrained"):
+        if self.is_init:
+            return
+        given = self.init_cfg
+        configs = given if isinstance(given, list) else [given] if given else []
+        files = [config for config in configs if config["type"] in ("Pretrained", "mmengine.Pretrained")]
+        # Networks initialize themselves when they are built; mmengine would have timm's do so again.
+        if len(files) < len(configs):
+            self.init_cfg = [config for config in configs if config not in files]
             super().init_weights()
-        elif not self.is_init:
-            # Networks initialize themselves when they are built; mmengine would have timm's do so again.
-            if self.init_cfg is not None:
-                self.load_pretrained(read_checkpoint(self.init_cfg["checkpoint"]))
-            self.is_init = True
+            self.init_cfg = given
+        for config in files:
+            state_dict, prefix = read_checkpoint(config["checkpoint"]), config.get("prefix")
+            if prefix:
+                prefix = prefix.removesuffix(".") + "."
+                state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            self.load_pretrained(state_dict)
+        self.is_init = True
 
 
 @MODELS.register_module()

@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from ..embed import AdaptivePatchEmbed
@@ -28,6 +29,8 @@ class TokenCountHook(Hook):
     - ``tokens``: patch tokens per image, padding included;
     - ``content_kept``, ``padding_kept``: tokens / base cells over all images;
     - ``..._kept_min``, ``..._kept_max``: the same of the image with the smallest and the largest share.
+
+    and of a validation or test ``images_per_batch``, of one process, whose last batch may be smaller than the others.
 
     Padding is not reported if there is none. At the end of a test they are among the metrics that the run returns.
     Host and device synchronize only when reporting. A model without an adaptive trunk has nothing to report.
@@ -74,10 +77,10 @@ class TokenCountHook(Hook):
             self._report(runner, "train")
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        metrics.update(self._report(runner, "val"))
+        metrics.update(self._report(runner, "val", runner.val_dataloader))
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        metrics.update(self._report(runner, "test"))
+        metrics.update(self._report(runner, "test", runner.test_dataloader))
 
     def _count(self, embedding: nn.Module, inputs: tuple) -> None:
         layout = inputs[1]
@@ -87,11 +90,13 @@ class TokenCountHook(Hook):
         shapes = [(height, width)] * layout.batch_size if is_cropped else self._shapes
         self._counts[self._mode].append(count_tokens(layout, shapes).detach())
 
-    def _report(self, runner: Runner, mode: str) -> dict[str, float]:
+    def _report(self, runner: Runner, mode: str, loader: DataLoader | None = None) -> dict[str, float]:
         counts = [count.cpu() for count in self._counts[mode]]
         self._counts[mode].clear()
         counts = [count for of_process in all_gather_object(counts) for count in of_process]
         shares = token_shares(torch.cat(counts)) if counts else {}
+        if shares and loader is not None:
+            shares["images_per_batch"] = len(loader.sampler) / len(loader)
         for name, value in shares.items():
             runner.message_hub.update_scalar(f"{mode}/{name}", value)
         return shares

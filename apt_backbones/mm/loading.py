@@ -18,8 +18,10 @@ def load_safely(filename: str, map_location: object = None) -> dict:
     if "://" in filename:
         raise ValueError(f"{filename} is not a file; nothing is downloaded here: fetch it, and name the file")
     content = read_file(filename)
-    has_weights = isinstance(content, dict) and ("state_dict" in content or "model" in content)
-    return {"meta": {}, **(content if has_weights else {"state_dict": weights_of(content, filename)})}
+    if isinstance(content, dict) and "state_dict" in content:
+        return {"meta": {}, **content}
+    others = content if isinstance(content, dict) and "model" in content else {}
+    return {"meta": {}, **others, "state_dict": weights_of(content, filename)}
 
 
 CheckpointLoader.register_scheme(prefixes=list(CheckpointLoader._schemes), loader=load_safely, force=True)
