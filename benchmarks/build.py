@@ -73,6 +73,8 @@ def _mm(path: str, side: int | None, args: argparse.Namespace) -> tuple[Host, di
         # Dense windows would be filled up, packed ones cut: not the same network.
         raise ValueError(f"a side of {side} pixels is not a multiple of the attention window's, {window}")
     if args.blocks:
+        if args.blocks > depth:
+            raise ValueError(f"{path} has {depth} blocks; --blocks takes at most as many")
         arguments.update(depth=args.blocks, out_indices=(-1,))
         arguments["global_blocks"] = [index for index in arguments["global_blocks"] if index < args.blocks]
     arguments["img_size"] = side

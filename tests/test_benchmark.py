@@ -228,6 +228,8 @@ def test_a_broken_model_is_not_timed(folder, monkeypatch, owner, options, messag
         (["--keep", 0.0], "above 0"),
         (["--heads", "fast,free"], "unknown heads free"),
         (["--images", "nowhere.png"], "nowhere.png"),
+        (["--rounds", 0], "--rounds must be at least 1"),
+        (["--blocks", 9], "has 2 blocks; --blocks takes at most as many"),
         (["--aspect", "0:0"], "0:0 is not width:height, such as 4:3"),
         (["--img-sizes", 96], "not a multiple of the attention window's, 64"),
         (["timm", "--modes", "dense"], "compare with --modes packed,apt"),

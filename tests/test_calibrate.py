@@ -166,6 +166,7 @@ def test_the_split_with_the_least_feature_distance_is_taken(folder, monkeypatch,
     [
         (["--keep", 0.7], "name the merged patch sizes"),
         (["--sizes", 32, "--keep", 2], "at most 1"),
+        (["--sizes", 32, "--keep", 0.7, "--resize", 100000], "--resize 100000 would take gigabytes; use at most 8192"),
         (["--sizes", 32, 48, "--keep", 0.7], "must be even and double"),
         (["--sizes", 32, "--keep", 0.7, "--checkpoint", "x.pth"], "--checkpoint needs the --config"),
         (["--config", ROOT / "det_configs/eva02_l_dense_1536.py", "--keep", 0.7], "has no thresholds"),

@@ -5,10 +5,13 @@ from argparse import Namespace
 import pytest
 import torch
 
-from tests.scripts import ROOT, run_script
-from tools import cli, mm_config
+from tests.scripts import ROOT, data_options, evaluator_options, run_script
+from tools import cli, mm_config, test, train
 
 DET, SEG = "det_configs/eva02_tiny_apt_photoshapes.py", "seg_configs/eva02_tiny_apt_photoshapes.py"
+DET_WEIGHTS, SEG_WEIGHTS = (
+    f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors" for task in ("det", "seg")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +86,54 @@ def test_a_missing_checkpoint_is_named_before_data_are_read(monkeypatch, tmp_pat
         load_from = [f"load_from={tmp_path}/none.pth"]
         with pytest.raises(SystemExit, match=r"error: no checkpoint at .*none\.pth"):
             run_script(monkeypatch, f"tools/{tool}", DET, *checkpoint, "--cfg-options", *here, *load_from)
+
+
+@pytest.fixture
+def few_options(photoshapes, tmp_path):
+    """Settings of a run of a detector or segmenter on two images of PhotoShapes."""
+
+    def options(config, **more):
+        of_detector = evaluator_options(photoshapes) if config == DET else {}
+        # A name of its own, because mmengine keeps visualizers by name.
+        few = {
+            "visualizer.name": tmp_path.name,
+            "test_dataloader.dataset.indices": 2,
+            "val_dataloader.dataset.indices": 2,
+        }
+        found = data_options(photoshapes) | of_detector | few | more
+        return ["--cfg-options", *(f"{name}={value}" for name, value in found.items())]
+
+    return options
+
+
+@pytest.mark.parametrize("config, weights", [(DET, DET_WEIGHTS), (SEG, SEG_WEIGHTS)], ids=["detector", "segmenter"])
+def test_every_image_of_a_test_can_be_painted(config, weights, few_options, tmp_path):
+    flags = ["--work-dir", str(tmp_path / "run"), "--show-dir", str(tmp_path / "painted")]
+    test.main([config, weights, *flags, *few_options(config)])
+    assert len(list((tmp_path / "painted").rglob("*.*g"))) == 2
+
+
+def test_a_configuration_for_half_precision_trains_without_a_gpu(few_options, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    amp = {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.dtype": "bfloat16", "load_from": SEG_WEIGHTS}
+    options = few_options(SEG, **amp, **{"train_cfg.max_iters": 1, "train_dataloader.batch_size": 2})
+    train.main([SEG, "--work-dir", str(tmp_path), *options])
+    assert (tmp_path / "iter_1.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "tool, setting, message",
+    [
+        (test, {"test_dataloader.dataset.pipelines": 1}, "test_dataloader, .*unexpected keyword argument 'pipelines'"),
+        (test, {"model.backbone.depht": 1}, "unexpected keyword argument 'depht'"),
+        (train, {"optim_wrapper.optimizer.lrr": 1}, "optim_wrapper: .*unexpected keyword argument 'lrr'"),
+    ],
+)
+def test_settings_that_a_class_does_not_take_are_named(tool, setting, message, few_options, tmp_path):
+    checkpoint = [SEG_WEIGHTS] if tool is test else []
+    options = few_options(SEG, load_from=SEG_WEIGHTS, **setting)
+    with pytest.raises(ValueError, match=message):
+        tool.main([SEG, *checkpoint, "--work-dir", str(tmp_path), *options])
 
 
 def test_checkpoints_of_another_model_end_in_one_line():

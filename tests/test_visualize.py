@@ -19,6 +19,7 @@ TOOL = ROOT / "tools" / "visualize.py"
 
 DET = ["--config", ROOT / "det_configs/eva02_tiny_apt_photoshapes.py"]
 DET_WEIGHTS = ROOT / "det_configs/checkpoints/eva02_tiny_apt_photoshapes.safetensors"
+SEG_WEIGHTS = ROOT / "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
 
 
 def test_a_video_has_a_sheet_per_frame(tmp_path, monkeypatch, capsys):
@@ -104,6 +105,22 @@ def test_predictions_are_drawn_beside_the_patches(tmp_path, monkeypatch):
     assert sheet.width == patches.width and sheet.height > 1.9 * patches.height
     upper = np.asarray(sheet)[: patches.height - 16]
     assert (upper == np.asarray(patches)[: patches.height - 16]).all(), "the patches as without a checkpoint"
+
+
+def test_predictions_of_classes_without_colours_are_drawn(tmp_path, monkeypatch):
+    config = tmp_path / "own.py"
+    config.write_text(
+        f"_base_ = '{ROOT}/seg_configs/eva02_tiny_apt_photoshapes.py'\n"
+        "data = dict(type='BaseSegDataset', metainfo=dict(classes=tuple('abcdefg')))\n"
+        "test_dataloader = dict(dataset=data)\n"
+    )
+    picture = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(picture)
+    flags = ["--config", config, "--checkpoint", SEG_WEIGHTS, "--out-dir", tmp_path]
+    run_script(monkeypatch, TOOL, picture, *flags)
+    first = (tmp_path / "x_patches.png").read_bytes()
+    run_script(monkeypatch, TOOL, picture, *flags)
+    assert (tmp_path / "x_patches.png").read_bytes() == first, "the same colours every time"
 
 
 def test_predictions_are_those_of_the_patches_that_are_drawn():

@@ -31,13 +31,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tools.cli import parser_of, run
+from tools.cli import check_at_least, parser_of, run
 from apt_backbones.files import write_atomically
 from apt_backbones.selection import PADDING_MODES
 from benchmarks import report
 from benchmarks.build import DTYPES, MODES, make_host
 from benchmarks.hosts import INFERENCE
 from benchmarks.measure import measure
+from benchmarks.scorers import SIZES
 from tools.machine import add_device_argument
 
 
@@ -70,6 +71,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.configs) == args.scorers:
         parser.error("name configurations, or none with --scorers")
+    check_at_least(args, rounds=1, batch_size=1, num_images=1, blocks=1)
+    if args.scorers and any(side % max(SIZES) for side in args.img_sizes or ()):
+        parser.error(f"--scorers takes sides that are multiples of {max(SIZES)} pixels")
     if args.blocks and args.whole:
         parser.error("--blocks is for trunks alone")
     modes = args.modes.split(",") if args.modes else []

@@ -108,7 +108,10 @@ class MMModel:
         visualizer = VISUALIZERS.build(dict(type=self.cfg.visualizer.type, name=uuid.uuid4().hex))
         dataset = self.cfg.test_dataloader.dataset
         with DATASETS.switch_scope_and_registry(None) as datasets:
-            visualizer.dataset_meta = {**datasets.get(dataset.type).METAINFO, **dataset.get("metainfo", {})}
+            meta = datasets.get(dataset.type)._load_metainfo(dataset.get("metainfo"))
+        if "decode_head" in self.cfg.model and not meta.get("palette"):
+            meta["palette"] = np.random.RandomState(0).randint(0, 256, (len(meta["classes"]), 3)).tolist()
+        visualizer.dataset_meta = meta
         options = {"pred_score_thr": score} if "pred_instances" in sample else {"with_labels": False}
         state = np.random.get_state()
         np.random.seed(0)  # mmdet jitters the colours of masks: the same in every picture

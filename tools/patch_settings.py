@@ -9,6 +9,8 @@ from PIL import Image
 
 from apt_backbones.scores import check_thresholds
 
+MAX_SIDE = 8192  # pixels to which images are enlarged at most
+
 
 @dataclass(frozen=True)
 class PatchSettings:
@@ -40,7 +42,13 @@ def settings_of(config: str) -> PatchSettings:
 
 
 def with_longest_side(pixels: int | None) -> Callable[[Image.Image], Image.Image]:
-    """Resizing to a longest side, for models without a configuration; None leaves images as they are."""
+    """Resizing to a longest side, for models without a configuration; None leaves images as they are.
+
+    Raises:
+        ValueError: more than ``MAX_SIDE`` pixels.
+    """
+    if pixels and pixels > MAX_SIDE:
+        raise ValueError(f"--resize {pixels} would take gigabytes; use at most {MAX_SIDE}")
 
     def prepare(image: Image.Image) -> Image.Image:
         scale = pixels / max(image.size) if pixels else 1

@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.show_dir:
         if "visualization" not in cfg.default_hooks:
             raise ValueError(f"--show-dir: {args.config} has no visualization hook; classifiers paint nothing")
-        cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
+        if cfg.default_scope == "mmseg":
+            cfg.default_hooks.visualization.update(draw=True, interval=1)
+            cfg.visualizer.save_dir = str(Path(cfg.work_dir, args.show_dir))
+        else:
+            cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
     runner = build_runner(cfg)
     runner.model.requires_grad_(False)  # frozen projections run as one product
     if args.out:

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     elif cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
         cfg.optim_wrapper.type = "OptimWrapper"  # in full precision, as there is no GPU
-        cfg.optim_wrapper.pop("loss_scale", None)
+        for option in ("loss_scale", "dtype", "use_fsdp"):
+            cfg.optim_wrapper.pop(option, None)
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ValueError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set")

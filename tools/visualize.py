@@ -34,7 +34,6 @@ from tools.patch_settings import PatchSettings, settings_of, with_longest_side
 from tools.video import VIDEO_SUFFIXES, is_video, read_frames, write_video
 
 IMAGE_PANEL, VIDEO_PANEL = 1000, 640  # pixels near which the longer side of a drawn picture lies, if it is small
-MAX_SIDE = 8192  # pixels to which images are enlarged at most
 VIDEO_WIDTH = 1920  # pixels that a frame of an output video has at most
 
 console = Console(stderr=True)
@@ -157,8 +156,6 @@ def main() -> None:
     add("--out-dir", type=Path, default=Path("."), help="folder for NAME_patches.png or .mp4 (default: here)")
     args = parser.parse_args()
     check_at_least(args, resize=1, patch_size=2)
-    if args.resize and args.resize > MAX_SIDE:
-        raise ValueError(f"--resize {args.resize} would take gigabytes; use at most {MAX_SIDE}")
     paths = find_images(args.paths, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     warnings.simplefilter("ignore")  # of the toolboxes, about what this tool leaves out
     sheets = Sheets(args)

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,18 +57,25 @@ class APTRunner(Runner):
         check_normalization(model)
         return model
 
+    def build_optim_wrapper(self, *args):
+        with misfits_named("optim_wrapper"):
+            return super().build_optim_wrapper(*args)
+
     def build_train_loop(self, loop):
         report = os.path.join(self.work_dir, "bad_images.txt")
         self._guard(self._train_dataloader, self.cfg.get("max_bad_images", MAX_BAD_IMAGES), report)
-        return super().build_train_loop(loop)
+        with misfits_named("train_dataloader or train_cfg"):
+            return super().build_train_loop(loop)
 
     def build_val_loop(self, loop):
         self._guard(self._val_dataloader)
-        return super().build_val_loop(loop)
+        with misfits_named("val_dataloader, val_evaluator or val_cfg"):
+            return super().build_val_loop(loop)
 
     def build_test_loop(self, loop):
         self._guard(self._test_dataloader)
-        return super().build_test_loop(loop)
+        with misfits_named("test_dataloader, test_evaluator or test_cfg"):
+            return super().build_test_loop(loop)
 
     def _guard(self, loader, limit: int = 0, report: str | None = None) -> None:
         """Change the configuration of a data loader, in place."""
@@ -115,6 +124,17 @@ class APTRunner(Runner):
         if self.distributed and not torch.cuda.is_available():  # mmengine would name GPUs
             return MMDistributedDataParallel(revert_sync_batchnorm(model), broadcast_buffers=False)
         return super().wrap_model(model_wrapper_cfg, model)
+
+
+@contextmanager
+def misfits_named(part: str) -> Iterator[None]:
+    """Turn what classes say of arguments that they do not take into a ValueError with the configuration's part."""
+    try:
+        yield
+    except TypeError as error:
+        if "argument" not in str(error):  # within the class
+            raise
+        raise ValueError(f"{part}: {error}") from error
 
 
 class WatchHook(Hook):
