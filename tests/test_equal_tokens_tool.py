@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
-from tests.scripts import ROOT, data_options, run_script
+from tests.scripts import ROOT, data_options, evaluator_options, run_script
 from tools import compare, equal_tokens, mm_runs
 from tools import test as test_tool
 
@@ -101,23 +101,42 @@ def test_larger_images_are_merged_too(photoshapes, tmp_path):
     assert all(line["scale"] == 1.25 for line in report["rows"] if line["scorer"]), "only these are merged"
 
 
-def test_smaller_images_may_have_weights_of_their_own(run, photoshapes, tmp_path, monkeypatch):
+@pytest.fixture
+def with_weights(run, tmp_path, monkeypatch):
+    """Reports of the same comparison with other weights for lines that a flag names; and these weights."""
     monkeypatch.setattr(equal_tokens, "DRAWS", 20)
     weights = load_file(WEIGHTS)
     weights["decode_head.conv_seg.bias"] += torch.tensor([1.0, -1.0])
-    save_file(weights, tmp_path / "smaller.safetensors")
-    folder = tmp_path / "run"
+    other, folder = str(tmp_path / "other.safetensors"), str(tmp_path / "run")
+    save_file(weights, other)
     shutil.copytree(run[0][run[0].index("--work-dir") + 1], folder)
-    report = equal_tokens.main([*run[0], "--work-dir", str(folder), "--smaller", str(tmp_path / "smaller.safetensors")])
+    return lambda flag: equal_tokens.main([*run[0], "--work-dir", folder, flag, other]), other
+
+
+def test_smaller_images_may_have_weights_of_their_own(run, with_weights, photoshapes, tmp_path):
+    compare, other = with_weights
+    report = compare("--smaller")
     title, sides = "dense, images of 70%", {"test_dataloader.dataset.pipeline.1.scale": "(112,112)"}
     sides |= {"model.test_cfg.crop_size": "(56,56)", "model.test_cfg.stride": "(37,37)"}
-    arguments = [DENSE, str(tmp_path / "smaller.safetensors"), "--work-dir", str(tmp_path / "test")]
+    arguments = [DENSE, other, "--work-dir", str(tmp_path / "test")]
     tested = test_tool.main([*arguments, *settings(data_options(photoshapes) | sides)])
     assert line_of(report, title)["metrics"]["mIoU"] == tested["mIoU"] != line_of(run[1], title)["metrics"]["mIoU"]
     for title in ("dense", "merging, laplacian, 50%"):
         assert line_of(report, title)["metrics"] == line_of(run[1], title)["metrics"]
     merged = "merging, laplacian, 50%"
     assert line_of(report, merged)["gains"]["mIoU"]["tokens"] != line_of(run[1], merged)["gains"]["mIoU"]["tokens"]
+
+
+def test_merging_may_have_weights_of_its_own(run, with_weights, photoshapes, tmp_path):
+    compare, other = with_weights
+    report, title = compare("--merged"), "merging, laplacian, 50%"
+    calibrated = json.loads((tmp_path / "run/steps/thresholds_of_laplacian.json").read_text())
+    threshold = {"model.backbone.thresholds.8": calibrated["result"]["0.5"]["8"]}
+    arguments = [APT, other, "--work-dir", str(tmp_path / "test")]
+    tested = test_tool.main([*arguments, *settings(data_options(photoshapes) | threshold)])
+    assert line_of(report, title)["metrics"]["mIoU"] == tested["mIoU"] != line_of(run[1], title)["metrics"]["mIoU"]
+    for title in ("dense", "dense, images of 70%"):
+        assert line_of(report, title)["metrics"] == line_of(run[1], title)["metrics"]
 
 
 def test_merging_is_the_configuration_at_the_thresholds_that_were_found(run, photoshapes, tmp_path):
@@ -161,7 +180,7 @@ def test_smaller_images_fill_whole_patches_and_reach_below_every_budget():
     images = [{"inputs": torch.zeros(3, 294, 392)}]
     runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=images))
     trunk = SimpleNamespace(patch_size=14)
-    comparison = SimpleNamespace(slides=False, side=294, trunk=trunk, runner=lambda scale: runner, merged=[1.0])
+    comparison = SimpleNamespace(slides=False, side=294, trunk=trunk, whole=runner, merged=[1.0])
     scales = equal_tokens.Comparison.scales(comparison, [0.9, 0.7, 0.5, 0.85 * 0.5])
     assert scales == [1, 18 / 21, 15 / 21, 12 / 21]
     # An image of 30 rows with 68 % of its tokens has as many as one of 24, with 28 % somewhat more than one of 15.
@@ -188,6 +207,9 @@ def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
     # Two samples: the merged image gains 7 and 9, whatever the curve does.
     curves = [[{"mIoU": value} for value in values] for values in ((60, 30), (50, 20), (59, 31), (0, 0), (0, 0))]
     assert gains(2, curves)["error"] == pytest.approx(2**0.5)
+    incomplete = [[*of_line, {} if number == 1 else {"mIoU": 99.0}] for number, of_line in enumerate(curves)]
+    assert gains(2, incomplete)["error"] == pytest.approx(2**0.5), "a sample in which one has no value does not count"
+    assert gains(2, [of_line[1:] for of_line in incomplete])["error"] is None, "of one there is no deviation"
 
 
 def test_samples_are_of_images_and_the_same_ones_for_every_setting(run, photoshapes, tmp_path):
@@ -266,11 +288,22 @@ def test_a_scorer_that_was_distilled_again_repeats_its_own_lines_only(run, tmp_p
     assert line_of(report, title)["metrics"] == line_of(run[1], title)["metrics"]
 
 
+def test_a_detector_that_finds_nothing_has_a_precision_of_nothing(photoshapes, tmp_path):
+    """Its images are resized to a number, as mmcv allows."""
+    options = data_options(photoshapes) | evaluator_options(photoshapes) | {"test_evaluator.metric": "bbox"}
+    options |= {"model.test_cfg.rcnn.score_thr": 0.97, "test_dataloader.dataset.pipeline.1.scale": 192}
+    detector = "det_configs/eva02_tiny_{}_photoshapes"
+    weights = f"{detector.format('dense').replace('configs/', 'configs/checkpoints/')}.safetensors"
+    arguments = ["--work-dir", str(tmp_path), "--keep", "0.3", "--scorer", "random", *settings(options)]
+    report = equal_tokens.main([f"{detector.format('apt')}.py", weights, *arguments])
+    found = [line["metrics"]["box mAP"] for line in report["rows"]]
+    assert found[0] > 0 and line_of(report, "random, 30%")["metrics"]["box mAP"] == 0
+    assert line_of(report, "random, 30%")["gains"]["box mAP"]["error"] is None, "nothing to draw samples of"
+
+
 def test_detectors_and_classifiers(photoshapes, tmp_path):
     """Their images become smaller, too: of 192 x 144 pixels, padded to squares, 160 x 120; of 224, 160."""
     import timm
-
-    from tests.scripts import evaluator_options
 
     detector = "det_configs/eva02_tiny_{}_photoshapes.py"
     options = settings(data_options(photoshapes) | evaluator_options(photoshapes))
@@ -310,6 +343,7 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
     [
         ([APT, "none.pth"], "no checkpoint at none.pth"),
         ([APT, WEIGHTS, "--smaller", "none.pth"], "no checkpoint at none.pth"),
+        ([APT, WEIGHTS, "--merged", "none.pth"], "no checkpoint at none.pth"),
         ([DENSE, WEIGHTS], "has no thresholds: its model is dense; name an adaptive configuration"),
         (["seg_configs/eva02_l_apt_512_ms.py", WEIGHTS], "tests at several scales"),
         ([APT, WEIGHTS.replace("seg_", "det_")], "of another model"),

@@ -14,7 +14,8 @@ and a JSON file, which tools/compare.py reads, too. In parentheses is what a met
 many tokens of the content, and of IoU, accuracy and COCO's average precision the standard deviation of that over
 samples of the images; between the sizes that are tested the curve is a straight line. Ten images are timed that, in
 every line, keep as many tokens as all do. --scales merges larger images, too, if your model reads them well. The same
-weights see all sizes; if you have others that were trained on smaller images, --smaller compares with those.
+weights see all sizes; if you have others that were trained on smaller images, --smaller compares with those, and
+--merged gives merging those that were trained with it.
 Finished tests are kept in the work directory: the same command resumes.
 """
 
@@ -54,6 +55,7 @@ from tools.mm_runs import (
     rgb_of,
     scorer_of,
     side_of,
+    sides_of,
     test_with_samples,
     tested_images,
     time_interleaved,
@@ -113,7 +115,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace):
         self.args, self.cfg = args, load_config(args)
         check_data(self.cfg, ["test_dataloader"])
-        for weights in filter(None, (args.checkpoint, args.smaller)):
+        for weights in filter(None, (args.checkpoint, args.smaller, args.merged)):
             if not Path(weights).is_file():
                 raise FileNotFoundError(f"no checkpoint at {weights}")
         if "module" in self.cfg.model:
@@ -129,7 +131,7 @@ class Comparison:
         tested = {**self.cfg.to_dict(), "work_dir": None}  # a folder that is moved keeps what is finished
         self.steps = Steps(self.work_dir / "steps", {"config": digest(tested), "files": files})
         self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
-        self._runners: dict[float, Runner] = {}
+        self._runners: dict[tuple[float, str], Runner] = {}
         self._calibrated: dict[tuple[float, str], dict[float, dict[int, float]]] = {}
         self.thresholds = dict(self.trunk.thresholds)
         self.scorers = list(dict.fromkeys(args.scorer or [scorer_of(self.cfg)]))
@@ -141,28 +143,38 @@ class Comparison:
 
     # ------------------------------------------------------------------------------------------- models
 
-    def runner(self, scale: float) -> Runner:
-        """Tests images of a scale; all runners of the same checkpoint share its weights."""
-        if scale not in self._runners:
+    def weights_of(self, row: Row) -> str:
+        if row.scorer and self.args.merged:
+            return self.args.merged
+        return self.args.smaller if row.scale < 1 and self.args.smaller else self.args.checkpoint
+
+    def runner(self, row: Row) -> Runner:
+        """Tests images of a row's scale with its weights; runners of the same weights share them."""
+        scale, weights = row.scale, self.weights_of(row)
+        if (scale, weights) not in self._runners:
             with quiet():
                 runner = build(self.cfg if scale == 1 else rescaled(self.cfg, scale, self.trunk.patch_size))
-                if scale == 1:
-                    runner.load_checkpoint(self.args.checkpoint)
-                elif scale < 1 and self.args.smaller:
-                    runner.load_checkpoint(self.args.smaller)
+                other = next((found for (_, theirs), found in self._runners.items() if theirs == weights), None)
+                if other is None:
+                    runner.load_checkpoint(weights)
                 else:
-                    runner.model.load_state_dict(self.runner(1.0).model.state_dict(), assign=True)
+                    runner.model.load_state_dict(other.model.state_dict(), assign=True)
             runner.model.eval().requires_grad_(False)
-            self._runners[scale] = runner
-        return self._runners[scale]
+            self._runners[scale, weights] = runner
+        return self._runners[scale, weights]
+
+    @cached_property
+    def whole(self) -> Runner:
+        """Tests whole images without merging."""
+        return self.runner(Row(1.0))
 
     @property
     def trunk(self) -> AdaptiveTrunk:
-        return find_trunk(self.runner(1.0).model)
+        return find_trunk(self.whole.model)
 
     def set_up(self, row: Row) -> Runner:
         """The runner of a row, whose model merges as the row says."""
-        runner = self.runner(row.scale)
+        runner = self.runner(row)
         trunk = find_trunk(runner.model)
         trunk.thresholds = self.calibrated(row.scale, row.scorer)[row.keep] if row.scorer else {}
         trunk.scorer = self.scored_by(row.scorer)
@@ -195,7 +207,7 @@ class Comparison:
         are whole.)
         """
         cells, patch_size = self.side // self.trunk.patch_size, self.trunk.patch_size
-        images = [] if self.slides else tested_images(self.runner(1.0).test_dataloader.dataset, MEASURED)
+        images = [] if self.slides else tested_images(self.whole.test_dataloader.dataset, MEASURED)
         sides = [side for image in images for side in image.shape[2:]]
 
         def padding(number: int) -> float:
@@ -218,7 +230,7 @@ class Comparison:
         """That the model sees of an image, or of a crop where it slides."""
         if is_classifier(self.cfg):
             return side_of(self.cfg.test_dataloader.dataset)
-        sizes = [step.scale for step in self.cfg.test_dataloader.dataset.pipeline if "scale" in step]
+        sizes = [sides_of(step.scale) for step in self.cfg.test_dataloader.dataset.pipeline if "scale" in step]
         if self.slides:
             sizes.append(self.cfg.model.test_cfg.crop_size)
         if not sizes:
@@ -240,7 +252,7 @@ class Comparison:
         trunk, pixels_of = self.trunk, rgb_of
         if is_classifier(self.cfg):
             pixels_of = partial(undo_normalization, mean=trunk.pixel_mean, std=trunk.pixel_std)
-        dataset, sizes = self.runner(scale).test_dataloader.dataset, tuple(self.thresholds)
+        dataset, sizes = self.runner(Row(scale)).test_dataloader.dataset, tuple(self.thresholds)
         maps = [score_maps_of(image, sizes, scorer) for image in tested_images(dataset, CALIBRATED_ON, pixels_of)]
         ratios = ratios_of(self.thresholds) if scorer == scorer_of(self.cfg) else [1.0] * len(sizes)
         return {keep: calibrate_thresholds(maps, trunk.patch_size, keep, ratios) for keep in self.args.keep}
@@ -260,8 +272,8 @@ class Comparison:
         inputs = {"thresholds": thresholds, "scale": row.scale}
         if row.scorer:
             inputs["scorer"] = scorer_key(self.scored_by(row.scorer))
-        if row.scale < 1 and self.args.smaller:
-            inputs["weights"] = fingerprint(self.args.smaller)
+        if self.weights_of(row) != self.args.checkpoint:
+            inputs["weights"] = fingerprint(self.weights_of(row))
         return self.steps.run(_name(row.title), f"test: {row.title}", inputs, test)
 
     @cached_property
@@ -270,7 +282,7 @@ class Comparison:
         rows = {row.title: row for row in self.rows}
 
         def measure() -> dict[str, float]:
-            runners = {title: self.runner(row.scale) for title, row in rows.items()}
+            runners = {title: self.runner(row) for title, row in rows.items()}
             with quiet():
                 return time_interleaved(runners, lambda title: self.set_up(rows[title]))
 
@@ -292,11 +304,17 @@ class Comparison:
             line |= {"tokens": metrics["tokens"], "content_kept": kept, "seconds": self.seconds[row.title]}
             lines.append(line | {"per_second": 1 / line["seconds"]})
             samples.append([metrics_of(sample) for sample in found["samples"]])
+        titles = max((line["metrics"] for line in lines), key=len)
+        if not titles:
+            raise ValueError("nothing was found in any image by any line; lower the score_thr of model.test_cfg")
+        for line in lines:
+            line["metrics"] = line["metrics"] or dict.fromkeys(titles, 0.0)  # mmdet has none where no boxes were found
         for number, line in enumerate(lines):
             if line["method"] != "dense":
                 line["gains"] = {title: gains_of(number, title, lines, samples) for title in line["metrics"]}
         about = {"command": command, "config": self.args.config, "checkpoint": str(self.args.checkpoint)}
         about["checkpoint_of_smaller_images"] = str(self.args.smaller or self.args.checkpoint)
+        about["checkpoint_of_merging"] = str(self.args.merged or self.args.checkpoint)
         return {**about, "hardware": hardware(), "torch": torch.__version__, "rows": lines}
 
 
@@ -311,8 +329,10 @@ def gains_of(number: int, title: str, lines: Sequence[dict], samples: Sequence[S
 
     measured = [line["metrics"] for line in lines]
     gains = {"tokens": gain("content_kept", measured), "time": gain("seconds", measured), "error": None}
-    if gains["tokens"] is not None and all(samples) and title in samples[number][0]:
-        gains["error"] = statistics.stdev(gain("content_kept", metrics) for metrics in zip(*samples))
+    # A sample may lack what a metric is of, such as small objects.
+    complete = [metrics for metrics in zip(*samples) if all(title in of_line for of_line in metrics)]
+    if gains["tokens"] is not None and len(complete) > 1:
+        gains["error"] = statistics.stdev(gain("content_kept", metrics) for metrics in complete)
     return gains
 
 
@@ -416,6 +436,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     add("--scales", type=float, nargs="+", default=[1.0], help="of images that are merged, 1: the configuration's (1)")
     add("--smaller", metavar="CHECKPOINT", help="weights for smaller images (default: the same)")
+    add("--merged", metavar="CHECKPOINT", help="weights for merging (default: the same, or those for smaller images)")
     add("--work-dir", type=Path, help="for finished tests (work_dirs/equal_tokens/CONFIG)")
     add("--out", type=Path, metavar="JSON", help="the results; the chart is beside it (WORK_DIR/equal_tokens.json)")
     add_settings_argument(parser)

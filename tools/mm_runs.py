@@ -108,6 +108,11 @@ def side_of(dataset: dict) -> int:
     return dataset.get("img_size") or native_side(dataset["model"])
 
 
+def sides_of(scale: int | Sequence[int]) -> tuple[int, ...]:
+    """What mmcv's ``Resize`` takes for its ``scale``."""
+    return (scale, scale) if isinstance(scale, int) else tuple(scale)
+
+
 def rescaled(cfg: Config, scale: float, patch_size: int) -> Config:
     """A copy of a configuration whose test has images, crops and padding of another scale.
 
@@ -127,9 +132,9 @@ def rescaled(cfg: Config, scale: float, patch_size: int) -> Config:
     preprocessor, test_cfg = cfg.model.data_preprocessor, cfg.model.test_cfg
     for step in dataset.pipeline:
         if "scale" in step:
-            if preprocessor.get("pad_size_divisor", 1) >= min(step.scale):  # it pads to squares
+            if preprocessor.get("pad_size_divisor", 1) >= min(sides_of(step.scale)):  # it pads to squares
                 preprocessor.pad_size_divisor = round(scale * preprocessor.pad_size_divisor / patch_size) * patch_size
-            step.scale = sides(step.scale)
+            step.scale = sides(sides_of(step.scale))
     if "crop_size" in test_cfg:
         test_cfg.update(crop_size=sides(test_cfg.crop_size), stride=sides(test_cfg.stride))
     return cfg
