@@ -182,6 +182,22 @@ def test_an_image_too_small_for_a_pyramid_of_large_patches_is_read_on_a_finer_gr
     assert torch.equal(logits_of(model, images), logits_of(plain, images))
 
 
+@torch.no_grad()
+def test_the_decode_head_learns_from_what_it_says_at_patches_own_resolution():
+    images = busy_and_smooth(2, 160, 256)
+    model, plain = (read_at_own_resolution(6.0, own, pixel_mean=[128] * 3) for own in (True, False))
+    masks = torch.randint(CLASSES, (2, 160, 256))
+    samples = [
+        SegDataSample(gt_sem_seg=PixelData(data=mask[None]), metainfo=dict(img_shape=(160, 256))) for mask in masks
+    ]
+    losses = {"own": model.loss(images, samples), "base": plain.loss(images, samples)}
+    expected = nn.functional.cross_entropy(logits_of(model, images), masks)
+    assert losses["own"]["decode.loss_ce"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses["base"]["decode.loss_ce"].item() != pytest.approx(expected.item(), rel=1e-5)
+    assert losses["own"].keys() == losses["base"].keys()
+    assert torch.equal(losses["own"]["aux.loss_ce"], losses["base"]["aux.loss_ce"])
+
+
 # ------------------------------------------------------------------------------------------- sliding
 
 SLIDE = dict(mode="slide", crop_size=(64, 64), stride=(43, 43))

@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder, Feature2Pyramid
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from mmseg.utils import add_prefix
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from ..layout import PatchLayout
 from ..trunk import find_trunk, named_trunk
 from .short_finetune import ShortFinetune
 from .upernet import FastUPerHead, Unfinished, unfinished_pyramid
@@ -34,8 +37,8 @@ class APTEncoderDecoder(EncoderDecoder):
         own_resolution: neck and decode head also read the maps averaged over 2 x 2, 4 x 4, ... cells, and the logits of
             patches of that side are taken from there. A head that mixes neighbouring cells and was trained on images of
             several sizes then sees a merged patch as it sees a patch of a smaller image; on the grid of base patches it
-            is stretched. Costs a quarter of the time of neck and head, and a sixteenth, ... While training with labels
-            all is read on the grid of base patches.
+            is stretched. Costs a quarter of the time of neck and head, and a sixteenth, ... Heads of pixels learn from
+            what they say so; auxiliary heads, and those of mask classification, from the grid of base patches.
         new_classifier: keep this model's own, untrained classifiers where a checkpoint's have another number of
             classes: the start of fine-tuning on another data set.
         test_cfg: mmseg's, with one more entry for mode "slide": ``token_budget``, the most tokens (CLS included)
@@ -76,21 +79,31 @@ class APTEncoderDecoder(EncoderDecoder):
                 sample.gt_sem_seg = PixelData(
                     data=F.pad(mask_1HW, (0, right, 0, bottom), value=self.decode_head.ignore_index)
                 )
-        return super().loss(padded, data_samples)
+        if not (self.own_resolution and isinstance(self.decode_head, BaseDecodeHead)):
+            return super().loss(padded, data_samples)
+        maps, layout = self.backbone.with_layout(padded)
+        metas = [sample.metainfo for sample in data_samples]
+        logits = self._read_at_own_resolution(maps, layout, padded.shape[2:], metas)
+        losses = add_prefix(self.decode_head.loss_by_feat(logits, data_samples), "decode")
+        if self.with_auxiliary_head:
+            losses |= self._auxiliary_head_forward_train(self.neck(maps) if self.with_neck else maps, data_samples)
+        return losses
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, classes, height, width) of normalized images (B, 3, height, width) of any size."""
         padded = self._pad(inputs)
+        size = padded.shape[2:]
         if self.own_resolution:
-            logits = self._read_at_own_resolution(padded, batch_img_metas)
+            logits = self._read_at_own_resolution(*self.backbone.with_layout(padded), size, batch_img_metas)
         else:
-            logits = self._read(self.backbone(padded), padded.shape[2:], batch_img_metas)
+            logits = self._read(self.backbone(padded), size, batch_img_metas)
         return logits[:, :, : inputs.shape[2], : inputs.shape[3]]
 
-    def _read_at_own_resolution(self, images: Tensor, batch_img_metas: list[dict]) -> Tensor:
-        """Logits as of ``encode_decode``, those of a merged patch from maps of which it is one cell."""
-        maps, layout = self.backbone.with_layout(images)
-        height, width = images.shape[2:]
+    def _read_at_own_resolution(
+        self, maps: Sequence[Tensor], layout: PatchLayout, image_size: Sequence[int], batch_img_metas: list[dict]
+    ) -> Tensor:
+        """Logits (B, classes, *image_size), those of a merged patch from maps of which it is one cell."""
+        height, width = image_size
         side_B1HW = layout.refine(layout.side_BHW[:, None], layout.patch_size)
         logits = self._read(maps, (height, width), batch_img_metas)
         for size, tokens in layout.sizes.items():
