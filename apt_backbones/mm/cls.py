@@ -177,8 +177,7 @@ class ClassesHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._trained = None  # a checkpoint to start from may be of other classes
-        self._check(runner, runner.train_dataloader)
-        self._trained = runner.train_dataloader.dataset.metainfo["classes"]
+        self._trained = self._check(runner, runner.train_dataloader)
 
     def before_val(self, runner: Runner) -> None:
         self._check(runner, runner.val_dataloader)
@@ -186,17 +185,21 @@ class ClassesHook(Hook):
     def before_test(self, runner: Runner) -> None:
         self._check(runner, runner.test_dataloader)
 
-    def _check(self, runner: Runner, loader: DataLoader) -> None:
-        found, outputs = loader.dataset.metainfo["classes"], find_trunk(runner.model).num_classes
-        if len(found) > outputs:
-            count = len(found)
-            raise ValueError(f"{loader.dataset.root} has {count} folders of classes; set model.num_classes={count}")
+    def _check(self, runner: Runner, loader: DataLoader) -> tuple[str, ...] | None:
+        """The classes of a data set; None if it does not name them."""
+        found = getattr(loader.dataset, "metainfo", {}).get("classes")
+        if found is None:
+            return None
+        root, count = getattr(loader.dataset, "root", "the data set"), len(found)
+        if count > find_trunk(runner.model).num_classes:
+            raise ValueError(f"{root} has {count} folders of classes; set model.num_classes={count}")
         if self._trained is not None and tuple(found) != tuple(self._trained):
             differ = ", ".join(sorted({*found} ^ {*self._trained})[:5])
             raise ValueError(
-                f"{loader.dataset.root} has other classes than the model was trained on, which differ in {differ}; a "
+                f"{root} has other classes than the model was trained on, which differ in {differ}; a "
                 "class without images needs an empty folder"
             )
+        return found
 
 
 @HOOKS.register_module()
