@@ -47,7 +47,7 @@ val_evaluator, test_evaluator = (
 adaptive = dict(thresholds={28: 2.0, 56: 2.0})
 learned = dict(
     scorer="checkpoints/nuclei_boxes_scorer.safetensors",
-    thresholds={28: 0.002, 56: 0.002},
+    thresholds={28: 0.02428, 56: 0.02428},
     merge="resizing",
     map_fill="interpolate",
 )
