@@ -292,6 +292,8 @@ class Comparison:
         return self.steps.run("speed", "speed: images through all of them, interleaved", inputs, measure)
 
     def report(self, command: str) -> dict:
+        for row in {self.weights_of(row): row for row in self.rows}.values():
+            self.runner(row)  # weights that do not fit are refused before anything is tested
         tested = {row: self.evaluate(row) for row in self.rows}
         lines, samples = [], []
         for row, found in tested.items():
