@@ -140,7 +140,7 @@ def main() -> None:
     add(
         "--thresholds",
         nargs="+",
-        metavar="SIZE:THRESHOLD",
+        metavar="SIZE=THRESHOLD",
         help="merge patches of SIZE pixels that score below THRESHOLD "
         "(default: the config's, or 5.5 at twice, 4 at 4 times the base)",
     )
