@@ -28,9 +28,8 @@ class TokenCountHook(Hook):
 
     - ``tokens``: patch tokens per image, padding included;
     - ``content_kept``, ``padding_kept``: tokens / base cells over all images;
-    - ``..._kept_min``, ``..._kept_max``: the same of the image with the smallest and the largest share.
-
-    and of a validation or test ``images_per_batch``, of one process, whose last batch may be smaller than the others.
+    - ``..._kept_min``, ``..._kept_max``: the same of the image with the smallest and the largest share;
+    - ``images_per_batch``, not in training: the mean of one process, whose last batch may be smaller than the others.
 
     Padding is not reported if there is none. At the end of a test they are among the metrics that the run returns.
     Host and device synchronize only when reporting. A model without an adaptive trunk has nothing to report.
