@@ -183,11 +183,14 @@ def convert_eva02(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tens
     return converted
 
 
-def load_converted(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_converted(model: nn.Module, state_dict: Mapping[str, Tensor], name: object = "the checkpoint") -> None:
     """Load weights strictly, except that ConvDown and ZeroMLP may be missing (then they keep their initial values).
 
     A model that can take more than its own weights, such as those of another crop size, changes them first in its
     ``adapt_state_dict``.
+
+    Args:
+        name: of the weights' file, for the message.
 
     Raises:
         ValueError: names are missing or unknown, or shapes differ; the message lists them.
@@ -195,20 +198,20 @@ def load_converted(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     own, state_dict = model.state_dict(), dict(state_dict)
     if hasattr(model, "adapt_state_dict"):
         model.adapt_state_dict(state_dict)
-    missing = [name for name in own if name not in state_dict and not is_new(name)]
-    unknown = [name for name in state_dict if name not in own]
+    missing = [key for key in own if key not in state_dict and not is_new(key)]
+    unknown = [key for key in state_dict if key not in own]
     misshapen = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-        for name, tensor in state_dict.items()
-        if name in own and tensor.shape != own[name].shape
+        f"{key} {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+        for key, tensor in state_dict.items()
+        if key in own and tensor.shape != own[key].shape
     ]
     complaints = [
-        f"{_listed(names)} {what}"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (misshapen, "of another shape"))
-        if names
+        f"{_listed(keys)} {what}"
+        for keys, what in ((missing, "missing"), (unknown, "unknown"), (misshapen, "of another shape"))
+        if keys
     ]
     if complaints:
-        raise ValueError(f"the checkpoint is of another model: {'; '.join(complaints)}")
+        raise ValueError(f"{name} is of another model: {'; '.join(complaints)}")
     model.load_state_dict(state_dict, strict=False)
 
 

@@ -19,6 +19,7 @@ from tools import test as test_tool
 
 APT, DENSE = (f"seg_configs/eva02_tiny_{method}_photoshapes.py" for method in ("apt", "dense"))
 WEIGHTS = "seg_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
+OTHER_WEIGHTS = WEIGHTS.replace("seg_", "det_")
 SCORER = "seg_configs/checkpoints/eva02_tiny_scorer_photoshapes.safetensors"
 
 
@@ -346,7 +347,8 @@ def test_detectors_and_classifiers(photoshapes, tmp_path):
         ([APT, WEIGHTS, "--merged", "none.pth"], "no checkpoint at none.pth"),
         ([DENSE, WEIGHTS], "has no thresholds: its model is dense; name an adaptive configuration"),
         (["seg_configs/eva02_l_apt_512_ms.py", WEIGHTS], "tests at several scales"),
-        ([APT, WEIGHTS.replace("seg_", "det_")], "of another model"),
+        ([APT, OTHER_WEIGHTS], f"{OTHER_WEIGHTS} is of another model"),
+        ([APT, WEIGHTS, "--merged", OTHER_WEIGHTS], f"{OTHER_WEIGHTS} is of another model"),
         ([APT, WEIGHTS, "--keep", "70"], "--keep takes shares between 0 and 1"),
         ([APT, WEIGHTS, "--scales", "1", "0"], "--scales takes positive numbers"),
         ([APT, WEIGHTS, "--scorer", "none.safetensors"], "none.safetensors"),

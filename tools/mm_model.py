@@ -48,7 +48,7 @@ def adaptive_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, AdaptiveTru
     trunk = find_trunk(model)
     if not trunk.thresholds:
         raise ValueError(f"{cfg.filename} has no thresholds: its model is dense; name an adaptive configuration")
-    load_converted(model, read_checkpoint(checkpoint))
+    load_converted(model, read_checkpoint(checkpoint), checkpoint)
     return model, trunk
 
 

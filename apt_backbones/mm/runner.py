@@ -100,7 +100,7 @@ class APTRunner(Runner):
         self.call_hook("after_load_checkpoint", checkpoint=content)
         model = self.model.module if is_model_wrapper(self.model) else self.model
         model = model.module if isinstance(model, BaseTTAModel) else model
-        load_converted(model, weights_of(content, filename))
+        load_converted(model, weights_of(content, filename), filename)
         self._has_loaded = True
         self.logger.info(f"Load checkpoint from {filename}")
         return content
