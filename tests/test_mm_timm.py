@@ -13,6 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from apt_backbones import find_trunk, freeze_host, load_converted
+from apt_backbones.distance import merging_off
 from apt_backbones.freeze import is_new
 from apt_backbones.mm.optimizer import layer_of
 from apt_backbones.new_layers import save_new_layers
@@ -191,3 +192,24 @@ def test_a_frozen_segmenters_features_are_what_its_head_reads(tmp_path):
     logits = nn.functional.interpolate(logits, (112, 140), mode="bilinear", align_corners=False)
     torch.testing.assert_close(frozen.head(picture), logits.softmax(1))
     assert frozen.settings.prepare(Image.new("RGB", (480, 360))).size == (448, 336)
+
+
+@torch.no_grad()
+def test_features_can_be_learned_from_before_there_is_a_head(tmp_path):
+    """Those of the weights that the backbone's configuration names."""
+    base, weights = f"{ROOT}/seg_configs/dinov2_s_linear_resizing_camvid.py", tmp_path / "trunk.safetensors"
+    trunk = MODELS.build(Config.fromfile(base).model.backbone).trunk
+    nn.init.normal_(trunk.norm.weight)
+    save_file(trunk.state_dict(), weights)
+    config = tmp_path / "config.py"
+    config.write_text(f"_base_ = {base!r}\nmodel = dict(backbone=dict(checkpoint={str(weights)!r}))\n")
+    frozen, picture = frozen_model(str(config), None, None), images(1, 112, 140)
+    with merging_off(frozen.trunk), merging_off(trunk):
+        expected = trunk.feature_maps(picture, norm=True)
+        torch.testing.assert_close(frozen.features(picture), torch.cat(expected, 1))
+    assert frozen.target(None) == "features"
+    with pytest.raises(ValueError, match="no --weights of it are given; use --target features"):
+        frozen.target("head")
+    config.write_text(f"_base_ = {base!r}\nmodel = dict(backbone=dict(checkpoint=None))\n")
+    with pytest.raises(ValueError, match=r"config\.py names no weights of its backbone; give those of the model"):
+        frozen_model(str(config), None, None)

@@ -47,8 +47,8 @@ def main() -> None:
     frozen = frozen_model(args.model, args.weights, None)
     if frozen.head is None:
         raise ValueError(
-            "only what a segmenter or classifier says stays the same in a smaller image; others learn from labels: "
-            "train the configuration on smaller images"
+            "only what a segmenter or classifier says stays the same in a smaller image (by its --weights); others "
+            "learn from labels: train the configuration on smaller images"
         )
     paths, patch_size = images_of(args), frozen.trunk.patch_size
     views = frozen.views(args.view, read_rgb(paths[0]), patch_size, seed=args.seed)._replace(scales=ZOOM)

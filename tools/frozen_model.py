@@ -40,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str, model: str =
         metavar="IMAGE|DIR",
         help="images like yours; no labels are needed (default: the configuration's training images)",
     )
-    add("--weights", metavar="FILE", help="of the model (default for timm: its own, downloaded)")
+    add("--weights", metavar="FILE", help="of the model (default: its trunk's own, which timm's models download)")
     add("--out", type=_safetensors, required=True, metavar="FILE", help=f"where {what}, a .safetensors file")
     add("--view", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of training views")
     add("--seed", type=int, default=0, help="of everything that is random (default: 0)")
@@ -80,15 +80,16 @@ def images_of(args: argparse.Namespace) -> list[Path]:
 def model_key(args: argparse.Namespace) -> list[str | None]:
     """What stands for the model that the flags name: the content of its configuration and of its weights; of a LLaVA's
     folder, which holds many gigabytes, names, sizes and dates of these files."""
-    model = args.model
+    model, weights = args.model, args.weights
     if Path(model).suffix == ".py":
         from tools.mm_config import read_config
 
-        model = digest(read_config(model).to_dict())
+        config = read_config(model).to_dict()
+        model, weights = digest(config), weights or config["model"].get("backbone", {}).get("checkpoint")
     elif Path(model).is_dir():
         files = [file for pattern in ("*config.json", "*model*") for file in sorted(Path(model).glob(pattern))]
         model = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    return [model, args.weights and fingerprint(args.weights)]
+    return [model, weights and fingerprint(weights)]
 
 
 class Frozen(NamedTuple):
@@ -126,7 +127,10 @@ class Frozen(NamedTuple):
             ValueError: the head of a model that has none, or pooled features where nothing is pooled.
         """
         if asked == "head" and self.head is None:
-            raise ValueError("the model has no head that segments or classifies; use --target features")
+            raise ValueError(
+                "the model has no head that segments or classifies, or no --weights of it are given; use --target "
+                "features"
+            )
         if asked == "pooled" and self.pooled is None:
             raise ValueError("pooled features are those of classifiers and timm's models; use --target features")
         return asked or ("features" if self.head is None else "head")
@@ -172,7 +176,8 @@ def frozen_model(
 
     Args:
         name: of the file, folder or model.
-        weights: of the model; None downloads timm's. A folder holds its own.
+        weights: of the model; None downloads timm's, and takes those that a configuration's backbone names, without a
+            head. A folder holds its own.
         sizes: merged patch sizes, for all but configurations.
         longest: longer side in pixels that it sees images with, instead of its own.
         options: of ``adapt``, for all but configurations; by default there are no new layers.
@@ -186,8 +191,6 @@ def frozen_model(
             raise ValueError("the folder of a LLaVA holds its weights; leave out --weights")
         frozen = _of_llava(name, sizes, options)
     elif Path(name).suffix == ".py":
-        if not weights:
-            raise ValueError("a configuration needs --weights")
         if sizes:
             raise ValueError("a configuration has its own sizes; leave out --sizes")
         frozen = _of_config(name, weights)
@@ -196,7 +199,7 @@ def frozen_model(
     return frozen.seeing(longest) if longest else frozen
 
 
-def _of_config(config: str, weights: str) -> Frozen:
+def _of_config(config: str, weights: str | None) -> Frozen:
     from tools.mm_config import is_classifier, read_config
     from tools.mm_model import MMModel
 
@@ -215,13 +218,13 @@ def _of_config(config: str, weights: str) -> Frozen:
     def features(images: Tensor) -> Tensor:
         return torch.cat(mm.model.backbone(images), 1)
 
-    if not hasattr(mm.model, "decode_head"):
+    if weights is None or not hasattr(mm.model, "decode_head"):
         return Frozen(mm.model, mm.trunk, settings_of(config), features, None)
     own_resolution = getattr(mm.model, "own_resolution", False)
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head, own_resolution=own_resolution)
 
 
-def _of_classifier(config: str, cfg: "Config", weights: str) -> Frozen:
+def _of_classifier(config: str, cfg: "Config", weights: str | None) -> Frozen:
     from tools.mm_model import adaptive_model
 
     cfg.model.model_options = {**cfg.model.get("model_options", {}), "dynamic_img_size": True}  # for views of any size

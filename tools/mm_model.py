@@ -37,8 +37,9 @@ class Crops(NamedTuple):
     content_BHW: Tensor
 
 
-def adaptive_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, AdaptiveTrunk]:
-    """The model of a configuration with its weights, and its trunk.
+def adaptive_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, AdaptiveTrunk]:
+    """The model of a configuration with its weights, and its trunk; without a checkpoint the weights that its backbone
+    names, and the heads untrained.
 
     Raises:
         FileNotFoundError, ValueError: as ``MMModel``.
@@ -48,7 +49,12 @@ def adaptive_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, AdaptiveTru
     trunk = find_trunk(model)
     if not trunk.thresholds:
         raise ValueError(f"{cfg.filename} has no thresholds: its model is dense; name an adaptive configuration")
-    load_converted(model, read_checkpoint(checkpoint), checkpoint)
+    if checkpoint is not None:
+        load_converted(model, read_checkpoint(checkpoint), checkpoint)
+    elif getattr(getattr(model, "backbone", None), "init_cfg", None):
+        model.backbone.init_weights()
+    else:
+        raise ValueError(f"{cfg.filename} names no weights of its backbone; give those of the model with --weights")
     return model, trunk
 
 
@@ -58,14 +64,14 @@ class MMModel:
     Args:
         config: configuration file.
         checkpoint: .pth or .safetensors; read safely and loaded strictly, except that ConvDown and ZeroMLP may be
-            missing.
+            missing. None takes the weights that the configuration's backbone names, for its features.
 
     Raises:
         FileNotFoundError, ValueError: files that are missing, damaged, or do not fit each other; a dense model, or a
             classifier.
     """
 
-    def __init__(self, config: str, checkpoint: str):
+    def __init__(self, config: str, checkpoint: str | None):
         self.cfg = read_config(config)
         if is_classifier(self.cfg):
             raise ValueError(f"{config} is a classifier's; this is for detectors and segmenters")
