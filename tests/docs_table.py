@@ -145,6 +145,7 @@ def fill(folder: Path) -> None:
     from tests.golden import load_golden
     from tests.llava_tiny import save_hub_checkpoint
     from tests.nuclei import save_nuclei
+    from tests.persons import save_coco
     from tests.receipts import save_receipts
     from tools.video import write_video
 
@@ -174,6 +175,7 @@ def fill(folder: Path) -> None:
         ("seg", "upernet_dense_receipts"),
         ("det", "dense_bccd"),
         ("det", "dense_nuclei"),
+        ("det", "dense_persons"),
     ):
         with open(folder / f"{task}_configs/dinov2_s_{name}.py", "a") as config:
             config.write(_SMALL + _ONE_STEP)
@@ -194,9 +196,9 @@ def fill(folder: Path) -> None:
     make_photoshapes(folder / "data/photoshapes", train=6, val=3, size=160, seed=0, workers=1)
     shapes = folder / "data/photoshapes"
     for split, name in (("training", "train2017"), ("validation", "val2017")):
-        for target in (folder / "data/coco", folder / "coco"):
-            target.mkdir(exist_ok=True)
-            (target / name).symlink_to(shapes / "images" / split)
+        (folder / "coco").mkdir(exist_ok=True)
+        (folder / "coco" / name).symlink_to(shapes / "images" / split)
+    save_coco(folder / "data/coco", range(10), (128, 96))
     for split, photos in (("train", "training"), ("val", "validation"), ("test", "validation")):
         images, masks = (folder / "data/camvid" / f"{split}{suffix}" for suffix in ("", "annot"))
         images.mkdir(parents=True)

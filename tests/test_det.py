@@ -136,7 +136,7 @@ def test_every_config_builds_and_says_what_its_name_says(path, tmp_path):
         assert all(name.split(".")[2] in unused for name in frozen), "all that the maps depend on trains"
     square = cfg.model.backbone.img_size
     assert square % backbone.patch_size == 0
-    whole = {"rect": 2 * backbone.patch_size, "bccd": backbone.patch_size, "nuclei": backbone.patch_size}
+    whole = dict.fromkeys(("bccd", "nuclei", "persons"), backbone.patch_size) | {"rect": 2 * backbone.patch_size}
     padded = whole.get(path.stem.split("_")[-1], square)
     assert cfg.model.data_preprocessor.pad_size_divisor == padded
 

@@ -19,8 +19,10 @@ import apt_backbones.mm.det  # noqa: F401
 from apt_backbones import read_checkpoint
 from apt_backbones.mm.data import BadData
 from examples.make_nuclei import make_nuclei
+from examples.make_persons import make_persons
 from tests.bccd import save_bccd
 from tests.nuclei import save_nuclei
+from tests.persons import save_coco
 from tests.scorers import give_scorer
 from tests.scripts import ENVIRONMENT, ROOT, data_options, evaluator_options
 from tools.mm_config import training_images
@@ -230,16 +232,17 @@ def test_what_is_learned_without_labels_is_learned_from_the_training_images(tmp_
 
 @pytest.fixture(scope="session")
 def whole_images(tmp_path_factory) -> Path:
-    """Folders bccd and nuclei of a few images."""
+    """Folders bccd, nuclei and persons of a few images."""
     root, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     pictures = {str(n): Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)) for n in range(2)}
     boxes = [("RBC", (10, 10, 60, 70)), ("WBC", (50, 20, 120, 90)), ("Platelets", (5, 70, 25, 90))]
     save_bccd(root / "bccd", {name: (picture, boxes) for name, picture in pictures.items()})
     make_nuclei(save_nuclei(root / "source"), root / "nuclei")
+    make_persons(save_coco(root, range(1, 6), (128, 96)), root / "persons")
     return root
 
 
-@pytest.mark.parametrize("data", ["bccd", "nuclei"])
+@pytest.mark.parametrize("data", ["bccd", "nuclei", "persons"])
 @pytest.mark.parametrize("method", ["dense", "learned"])
 def test_heads_are_trained_on_the_last_map_of_whole_images(method, data, whole_images, tmp_path):
     cfg = Config.fromfile(f"det_configs/dinov2_s_{method}_{data}.py")

@@ -14,6 +14,7 @@ TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configurat
 # Where a data set comes from, by the folder that configs name for it.
 SOURCES = {
     "data/coco": "put COCO there: train2017/, val2017/ and annotations/",
+    "data/coco/persons": "make it with: python examples/make_persons.py data/coco data/coco/persons",
     "data/ade/ADEChallengeData2016": "put ADE20K there: images/ and annotations/, each with training/ and validation/",
     "data/imagenet/train": "put ImageNet's training images there, a folder per class",
     "data/imagenet/val": "put ImageNet's validation images there, a folder per class",
