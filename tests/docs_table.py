@@ -160,7 +160,7 @@ def fill(folder: Path) -> None:
         configs = folder / f"{task}_configs"
         shutil.copytree(ROOT / configs.name, configs)
         weights = f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
-        for method in ("dense", "random", "resizing", "apt"):
+        for method in ("dense", "random", "resizing", "apt", *(["heads"] if task == "det" else [])):
             with open(configs / f"eva02_tiny_{method}_photoshapes.py", "a") as config:
                 config.write(_SMALL + _ONE_STEP)
             for scale in scales:

@@ -123,11 +123,13 @@ def test_every_config_builds_and_says_what_its_name_says(path, tmp_path):
     assert cfg.custom_imports.imports and cfg.runner_type == "APTRunner"
     assert cfg.custom_hooks == [dict(type="TokenCountHook")]
     assert bool(backbone.thresholds) == (method != "dense")
-    assert method in ("dense", backbone.merge) or (method, backbone.map_fill) == ("learned", "interpolate")
+    assert method in ("dense", backbone.merge) or (
+        method in ("learned", "heads") and backbone.map_fill == "interpolate"
+    )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert bool(cfg.load_from) == (method in ("apt", "heads"))
     if method == "apt":
         assert all("adaptive_embed" in name for name in trained)
-        assert cfg.load_from
     elif "frozen" in cfg.model.backbone:
         assert trained == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     else:

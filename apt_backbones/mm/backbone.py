@@ -21,6 +21,9 @@ class SafeBackbone:
     ``init_cfg=dict(type="Pretrained", checkpoint=FILE)`` starts training from a file that is read safely and loaded
     strictly; ``prefix`` takes a part of its weights. Other types, alone or in a list, are mmengine's own initializers.
 
+    ``frozen=True``: its weights do not train (a linear probe, or heads that learn to read merged patches). Those of the
+    new layers do.
+
     ``test_dtype="float16"`` or ``"bfloat16"`` computes the trunk in that precision on a GPU when no gradients are
     needed, and returns float32 maps. (Under autocast of a whole test, mmdet places anchors in half precision, which
     is too coarse for large images.)
@@ -72,9 +75,18 @@ class APTEva02(SafeBackbone, eva02.APTEva02, BaseModule):
     ``init_cfg``'s file may hold what ``load_pretrained`` takes.
     """
 
-    def __init__(self, *args, init_cfg: dict | None = None, test_dtype: str | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        init_cfg: dict | None = None,
+        frozen: bool = False,
+        test_dtype: str | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.init_cfg = init_cfg
+        if frozen:
+            freeze(self)
         self.test_dtype = None if test_dtype is None else getattr(torch, test_dtype)
 
     def computed(self, images: Tensor) -> tuple[tuple[Tensor, ...], PatchLayout]:
@@ -92,7 +104,6 @@ class APTTimm(SafeBackbone, BaseModule):
         model: timm's name, e.g. "vit_base_patch16_dinov3"; ``timm.list_models("*dinov3*")`` lists them.
         checkpoint: file with weights: timm's, the authors' where timm converts them, or a whole model of ours, of which
             the backbone is taken.
-        frozen: its weights do not train (a linear probe). Those of the new layers do.
         img_size: side in pixels that learned positions are made for; None for the model's own. Images of other sizes
             work; positions are interpolated as the network's authors do it.
         out_indices: blocks after which a feature map is returned.
@@ -101,7 +112,7 @@ class APTTimm(SafeBackbone, BaseModule):
         drop_path_rate: of timm's blocks.
         with_cp: recompute block activations in the backward pass instead of storing them.
         thresholds, scorer, merge: see ``AdaptiveTrunk.set_up``; ``options`` are its others.
-        init_cfg, test_dtype: see ``SafeBackbone``.
+        init_cfg, frozen, test_dtype: see ``SafeBackbone``.
 
     Raises:
         TypeError, ValueError: as ``adapt``.
