@@ -3,5 +3,4 @@ whose trunk stays frozen."""
 
 _base_ = ["_base_/eva02_l_1536.py", "_base_/coco_1536.py", "_base_/short_finetune_3k.py"]
 model = dict(backbone=dict(**_base_.learned, frozen=True))
-optim_wrapper = dict(optimizer=dict(lr=1.5e-5))
 load_from = "checkpoints/eva02_l_det_1536.safetensors"

@@ -3,6 +3,5 @@ whose trunk stays frozen."""
 
 _base_ = ["_base_/eva02_tiny.py", "_base_/photoshapes.py", "_base_/short_finetune_photoshapes.py"]
 model = dict(backbone=dict(**_base_.learned, frozen=True))
-optim_wrapper = dict(optimizer=dict(lr=3e-4))
 load_from = "work_dirs/det/eva02_tiny_dense_photoshapes/iter_1200.pth"
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))
