@@ -47,6 +47,7 @@ SUBSTITUTIONS = (
     ("iter_400.pth", "iter_1.pth"),
     ("iter_320.pth", "iter_1.pth"),
     ("iter_640.pth", "iter_1.pth"),
+    ("iter_960.pth", "iter_1.pth"),
     # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.
     ("eva02-det eva02_L_coco_sys.pth checkpoints/", "eva02-det eva02_L_coco_sys.pth converted/"),
     (
