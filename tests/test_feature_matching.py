@@ -206,12 +206,15 @@ def test_a_run_is_known_by_what_its_files_hold(tmp_path):
     assert key(config, 1, 0.6) != first, "other weights of the same name"
     assert key("vit_tiny_patch16_224", 1, 0.5)[0] == "vit_tiny_patch16_224"
 
-    def key_of_named(value):
-        config.write_text(f"model = dict(backbone=dict(checkpoint={str(weights)!r}))\n")
+    def key_of_named(backbone, value):
+        config.write_text(f"model = dict(backbone={backbone!r})\n")
         save_file({"x": torch.full((1,), value)}, weights)
         return model_key(argparse.Namespace(model=str(config), weights=None))
 
-    assert key_of_named(0.5) == key_of_named(0.5) != key_of_named(0.6), "weights that the configuration names"
+    named = {"checkpoint": str(weights)}
+    for backbone in (named, {"init_cfg": {"type": "Pretrained", **named}}):
+        same, again, other = (key_of_named(backbone, value) for value in (0.5, 0.5, 0.6))
+        assert same == again != other, "weights that the configuration names"
 
 
 def test_a_run_is_known_by_the_files_of_a_llavas_folder(tmp_path):

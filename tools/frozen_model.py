@@ -82,10 +82,10 @@ def model_key(args: argparse.Namespace) -> list[str | None]:
     folder, which holds many gigabytes, names, sizes and dates of these files."""
     model, weights = args.model, args.weights
     if Path(model).suffix == ".py":
-        from tools.mm_config import read_config
+        from tools.mm_config import backbone_weights, read_config
 
-        config = read_config(model).to_dict()
-        model, weights = digest(config), weights or config["model"].get("backbone", {}).get("checkpoint")
+        cfg = read_config(model)
+        model, weights = digest(cfg.to_dict()), weights or backbone_weights(cfg)
     elif Path(model).is_dir():
         files = [file for pattern in ("*config.json", "*model*") for file in sorted(Path(model).glob(pattern))]
         model = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])

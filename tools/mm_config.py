@@ -141,6 +141,14 @@ def build_runner(cfg: Config) -> Runner:
         raise ValueError(f"{cfg.filename}: {error}") from error
 
 
+def backbone_weights(cfg: Config) -> str | None:
+    """The file of weights that the backbone of a configuration names, if any."""
+    backbone = cfg.model.get("backbone") or {}
+    given = backbone.get("init_cfg") or []
+    files = [part.get("checkpoint") for part in (given if isinstance(given, list) else [given])]
+    return next(filter(None, [backbone.get("checkpoint"), *files]), None)
+
+
 def advice_for(root: str | Path) -> str:
     """Where the data set of a folder comes from."""
     return SOURCES.get(str(root).rstrip("/"), "put the data set there")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apt_backbones import load_converted, read_checkpoint
 from apt_backbones.distance import FeatureDistance, dense_features, feature_distance, merging_off
 from apt_backbones.trunk import AdaptiveTrunk, find_trunk
-from tools.mm_config import is_classifier, read_config
+from tools.mm_config import backbone_weights, is_classifier, read_config
 
 NEEDS_FILE = ("LoadImageFromFile", "LoadAnnotations", "CheckSegMap")  # steps that images at hand go without
 
@@ -51,7 +51,7 @@ def adaptive_model(cfg: Config, checkpoint: str | None) -> tuple[nn.Module, Adap
         raise ValueError(f"{cfg.filename} has no thresholds: its model is dense; name an adaptive configuration")
     if checkpoint is not None:
         load_converted(model, read_checkpoint(checkpoint), checkpoint)
-    elif getattr(getattr(model, "backbone", None), "init_cfg", None):
+    elif backbone_weights(cfg):
         model.backbone.init_weights()
     else:
         raise ValueError(f"{cfg.filename} names no weights of its backbone; give those of the model with --weights")
