@@ -270,6 +270,10 @@ def test_distill_scorer_goes_on_where_it_stopped(target, tmp_path, monkeypatch, 
     runpy.run_path(str(TOOLS / "distill_scorer.py"), run_name="__main__")
     assert all(torch.equal(tensor, first[name]) for name, tensor in load_file(out).items())
     assert "epoch 1/2" not in capsys.readouterr().err, "nothing was trained again"
+    for path in (tmp_path / "images").iterdir():
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    runpy.run_path(str(TOOLS / "distill_scorer.py"), run_name="__main__")
+    assert "epoch 1/2" in capsys.readouterr().err, "these are other images"
 
 
 def _small(timm):

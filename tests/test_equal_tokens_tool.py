@@ -289,6 +289,19 @@ def test_a_scorer_that_was_distilled_again_repeats_its_own_lines_only(run, tmp_p
     assert line_of(report, title)["metrics"] == line_of(run[1], title)["metrics"]
 
 
+def test_other_data_in_the_same_place_are_tested_anew(run, photoshapes, tmp_path, monkeypatch):
+    data, repeated, set_up = tmp_path / "data", [], equal_tokens.Comparison.set_up
+    shutil.copytree(photoshapes, data)
+    monkeypatch.setattr(equal_tokens, "DRAWS", 20)
+    monkeypatch.setattr(equal_tokens.Comparison, "set_up", lambda self, row: repeated.append(row) or set_up(self, row))
+    arguments = [APT, WEIGHTS, "--work-dir", str(tmp_path / "run"), "--keep", "0.5", *settings(data_options(data))]
+    first, tested = equal_tokens.main(arguments), len(repeated)
+    assert equal_tokens.main(arguments)["rows"] == first["rows"] and len(repeated) == tested
+    for labels in (data / "annotations/validation").glob("*.png"):
+        Image.open(labels).point(lambda value: 1).save(labels)  # all background
+    assert line_of(equal_tokens.main(arguments), "dense")["metrics"] != line_of(first, "dense")["metrics"]
+
+
 def test_a_detector_that_finds_nothing_has_a_precision_of_nothing(photoshapes, tmp_path):
     """Its images are resized to a number, as mmcv allows."""
     options = data_options(photoshapes) | evaluator_options(photoshapes) | {"test_evaluator.metric": "bbox"}

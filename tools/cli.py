@@ -46,7 +46,7 @@ def check_shares(shares: Sequence[float], flag: str = "--keep") -> None:
         raise ValueError(f"{flag} takes shares between 0 and 1, such as 0.7")
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object], interrupted: str = "interrupted") -> None:
     """Run a tool; what the user can correct is reported in one line. ``python -X dev`` shows where it was raised."""
     try:
         main()
@@ -55,4 +55,4 @@ def run(main: Callable[[], object]) -> None:
             raise
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit(interrupted)

@@ -113,7 +113,7 @@ def main() -> None:
         "images": len(paths),
         "view": views.size,
     }
-    listed = [[str(path) for path in part] for part in (paths, held_out)]
+    listed = [steps.stamps(part) for part in (paths, held_out)]
     key = steps.digest([model, origin, views, args.resize, sizes, listed, WIDTH])
     folder = (args.work_dir or args.out.parent / f".{args.out.stem}_distilling") / key
     frozen.model.to(args.device)

@@ -49,6 +49,7 @@ from tools.mm_runs import (
     TIMED_ROUNDS,
     Bar,
     build,
+    data_key,
     quiet,
     ratios_of,
     rescaled,
@@ -129,11 +130,12 @@ class Comparison:
         new_layers = trunk_of(self.cfg).get("new_layers") or ""
         files = {name: fingerprint(name) for name in (args.checkpoint, new_layers) if Path(name).is_file()}
         tested = {**self.cfg.to_dict(), "work_dir": None}  # a folder that is moved keeps what is finished
-        self.steps = Steps(self.work_dir / "steps", {"config": digest(tested), "files": files})
         self.cfg.update(work_dir=str(self.work_dir / "tests"), load_from=None, resume=False)
         self._runners: dict[tuple[float, str], Runner] = {}
         self._calibrated: dict[tuple[float, str], dict[float, dict[int, float]]] = {}
         self.thresholds = dict(self.trunk.thresholds)
+        data = data_key(self.whole.test_dataloader.dataset)
+        self.steps = Steps(self.work_dir / "steps", {"config": digest(tested), "files": files, "data": data})
         self.scorers = list(dict.fromkeys(args.scorer or [scorer_of(self.cfg)]))
         for scorer in self.scorers:
             if scorer != "random":

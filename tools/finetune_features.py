@@ -123,7 +123,7 @@ def main() -> None:
         outputs,
         paths,
         views,
-        work_dir / steps.digest([key, [str(path) for path in paths]]),
+        work_dir / steps.digest([key, steps.stamps(paths)]),
         loss,
         iterations=args.iterations,
         batch=args.batch,

@@ -68,7 +68,7 @@ def main() -> None:
         sizes,
         paths,
         views,
-        args.out.parent / f".{args.out.stem}_training" / steps.digest([key, [str(path) for path in paths]]),
+        args.out.parent / f".{args.out.stem}_training" / steps.digest([key, steps.stamps(paths)]),
         "probabilities",
         args.rank,
         args.iterations,

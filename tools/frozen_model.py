@@ -18,7 +18,7 @@ from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.machine import add_device_argument
 from tools.patch_settings import PatchSettings, settings_of, with_longest_side
-from tools.steps import digest, fingerprint
+from tools.steps import digest, fingerprint, stamps
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -88,7 +88,7 @@ def model_key(args: argparse.Namespace) -> list[str | None]:
         model, weights = digest(cfg.to_dict()), weights or backbone_weights(cfg)
     elif Path(model).is_dir():
         files = [file for pattern in ("*config.json", "*model*") for file in sorted(Path(model).glob(pattern))]
-        model = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+        model = stamps(files)
     return [model, weights and fingerprint(weights)]
 
 

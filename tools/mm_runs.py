@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -27,7 +28,7 @@ from apt_backbones.mm.cls import now
 from apt_backbones.trunk import find_trunk
 from tools.mm_config import build_runner, is_classifier
 from tools.patch_settings import native_side
-from tools.steps import console, track
+from tools.steps import console, digest, stamps, track
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 3
 COUNTED_IMAGES = 200  # of which the timed ones are chosen
@@ -101,6 +102,17 @@ def tested_images(
     """
     for index in track(evenly(len(dataset), most), "images"):
         yield pixels_of(dataset[index]["inputs"][None].float())
+
+
+def data_key(dataset: Dataset) -> str:
+    """What stands for a data set: its annotations, and names, sizes and dates of its files."""
+    if hasattr(dataset, "samples"):  # torchvision's
+        items, files = dataset.samples, [file for file, _ in dataset.samples]
+    else:
+        items = [dataset.get_data_info(index) for index in range(len(dataset))]
+        files = [item[name] for item in items for name in ("img_path", "seg_map_path") if name in item]
+        files.append(getattr(dataset, "ann_file", ""))
+    return digest([items, stamps(file for file in files if file and Path(file).is_file())])
 
 
 def side_of(dataset: dict) -> int:

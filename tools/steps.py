@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -89,6 +89,11 @@ def fingerprint(*paths: str | Path, pattern: str = "*") -> str:
     return known.hexdigest()[:10]
 
 
+def stamps(files: Iterable[str | Path]) -> str:
+    """Ten hexadecimal digits that stand for files that are too large to be read: their names, sizes and dates."""
+    return digest([[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files])
+
+
 def scorer_key(scorer: str) -> str:
     """What stands for a scorer: its name, or the content of its file."""
     return fingerprint(scorer) if Path(scorer).is_file() else scorer
@@ -97,11 +102,4 @@ def scorer_key(scorer: str) -> str:
 def run(main: Callable[[], object]) -> None:
     """Run a tool that keeps finished steps, as ``cli.run`` does; SIGTERM interrupts it as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def interruptible() -> None:
-        try:
-            main()
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command resumes")
-
-    cli.run(interruptible)
+    cli.run(main, "interrupted; the same command resumes")
