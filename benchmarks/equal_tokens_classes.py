@@ -36,9 +36,10 @@ from apt_backbones.files import write_atomically
 from apt_backbones.merging_losses import image_losses
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.drawing import chart
+from tools.steps import stamps
 
 from . import tome
-from .study import MERGED, RANK, Setting, Study, about, between, console, study_parser, train_head
+from .study import MERGED, RANK, Setting, Study, about, between, console, parsed, study_parser, train_head
 
 SPLITS = ("train", "validation", "test")
 BASE = (224, 224)
@@ -62,11 +63,12 @@ class ClassStudy(Study):
     """
 
     def __init__(self, folder: Path, official: bool, weights: Path | None, work_dir: Path, dtype: torch.dtype):
-        super().__init__(weights, work_dir, dtype, (-1,))
         self.folder, self.official = folder, official
         if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: it needs a folder per class in each")
         found = [ImageFolder(folder / split) for split in SPLITS]
+        files = stamps(path for of_split in found for path, _ in of_split.samples)
+        super().__init__(weights, work_dir, dtype, (-1,), images=files, official=official)
         number_of = found[0].class_to_idx  # another split may lack some
         self.labels = torch.tensor([number_of[of_split.classes[n]] for of_split in found for n in of_split.targets])
         self.is_test_split = torch.arange(len(self.labels)) >= len(self.labels) - len(found[-1])
@@ -272,9 +274,8 @@ def main() -> None:
     parser = study_parser(__doc__, "equal_tokens_classes")
     parser.add_argument("folder", type=Path, help="with train, validation and test, a folder per class in each")
     parser.add_argument("--official", action="store_true", help="test on the test split (default: five folds)")
-    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, measured as well")
     parser.add_argument("--out", type=Path, help="default: docs/results/equal_tokens_[FOLDER].json")
-    args = parser.parse_args()
+    args = parsed(parser)
     name, dtype = args.folder.resolve().name, getattr(torch, args.dtype)
     study = ClassStudy(args.folder, args.official, args.weights, args.work_dir / name, dtype)
     settings = all_settings(args.also)

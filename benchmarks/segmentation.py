@@ -31,6 +31,7 @@ class Dataset(NamedTuple):
         num_classes: a label of this number says that there is none.
         paths: of the images, per split.
         prepare: an image as its file has it -> 4:3.
+        label_files: that labels are made of.
         label_of: of an image's file, uint8 of the size ``LABELED``.
         zooms: least and largest, of random parts of images from which scorers learn.
     """
@@ -40,6 +41,7 @@ class Dataset(NamedTuple):
     num_classes: int
     paths: dict[str, list[Path]]
     prepare: Callable[[Image.Image], Image.Image]
+    label_files: list[Path]
     label_of: Callable[[Path], np.ndarray]
     zooms: tuple[float, float]
 
@@ -70,10 +72,14 @@ def camvid(folder: Path) -> Dataset:
         names = [line.split()[0].rsplit("/", 1)[-1] for line in listed.read_text().splitlines() if line]
         paths[split] = [folder / split / name for name in names]
 
-    def label_of(path: Path) -> np.ndarray:
-        return np.asarray(Image.open(path.parent.with_name(f"{path.parent.name}annot") / path.name))
+    def file_of(path: Path) -> Path:
+        return path.parent.with_name(f"{path.parent.name}annot") / path.name
 
-    return Dataset("camvid", "CamVid", 11, paths, lambda image: image, label_of, (0.78, 1.3))
+    def label_of(path: Path) -> np.ndarray:
+        return np.asarray(Image.open(file_of(path)))
+
+    label_files = [file_of(path) for split in SPLITS for path in paths[split]]
+    return Dataset("camvid", "CamVid", 11, paths, lambda image: image, label_files, label_of, (0.78, 1.3))
 
 
 def things(folder: Path, instances: Path) -> Dataset:
@@ -110,7 +116,7 @@ def things(folder: Path, instances: Path) -> Dataset:
         return middle(image).resize((640, 480), Image.Resampling.BICUBIC)
 
     paths = dict(zip(SPLITS, (found[:first], found[first:second], found[second:])))
-    return Dataset("things", "COCO's things", len(classes), paths, prepare, label_of, (0.6, 1.0))
+    return Dataset("things", "COCO's things", len(classes), paths, prepare, [instances], label_of, (0.6, 1.0))
 
 
 def linear_head(channels: int, num_classes: int) -> nn.Module:

@@ -34,10 +34,11 @@ from apt_backbones.files import write_atomically
 from apt_backbones.images import representative
 from apt_backbones.layout import PatchLayout
 from apt_backbones.new_layers import load_new_layers, save_new_layers
+from apt_backbones.scores import SCORERS
 from apt_backbones.selection import normalize
 from apt_backbones.trunk import AdaptiveTrunk
 from tools.machine import processor
-from tools.steps import digest
+from tools.steps import digest, fingerprint
 
 from . import tome
 
@@ -111,13 +112,29 @@ class Study:
         dtype: in which features are computed.
         blocks: after which maps are taken; negative ones count from the last.
         map_scale: of maps that are not repeated, see ``AdaptiveTrunk.set_up``.
+        data: what else all steps depend on, by name, as values that JSON can hold.
+
+    Raises:
+        ValueError: what is kept was made of something else.
     """
 
     distill_epochs = 24
 
     def __init__(
-        self, weights: Path | None, work_dir: Path, dtype: torch.dtype, blocks: Sequence[int], map_scale: int = 1
+        self,
+        weights: Path | None,
+        work_dir: Path,
+        dtype: torch.dtype,
+        blocks: Sequence[int],
+        map_scale: int = 1,
+        **data: object,
     ):
+        data |= {"weights": weights and fingerprint(weights), "dtype": str(dtype)}
+        file = work_dir / "made_of.json"
+        kept = json.loads(file.read_text()) if file.is_file() else data
+        if differ := [name for name in data if data[name] != kept.get(name)]:
+            raise ValueError(f"steps in {work_dir} were made with other {', '.join(differ)}; give another --work-dir")
+        write_atomically(file, json.dumps(data))
         self.weights, self.work_dir, self.dtype, self.blocks = weights, work_dir, dtype, blocks
         self.map_scale = map_scale
         self.vit = self.build()
@@ -467,7 +484,17 @@ def study_parser(text: str, folder: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, help="timm's weights of the network (default: downloaded)")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs", folder), help="for finished steps")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the features")
+    parser.add_argument("--also", nargs="+", default=[], help="files of other learned scorers, measured as well")
     return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags of the command line; scorers that one could not tell apart in the results are refused."""
+    args = parser.parse_args()
+    names = [*SCORERS, "learned", *(Path(file).stem for file in args.also)]
+    if len({*names}) < len(names):
+        parser.error(f"--also: the files need names of their own, other than {', '.join([*SCORERS, 'learned'])}")
+    return args
 
 
 def about(module: str, args: argparse.Namespace) -> dict:

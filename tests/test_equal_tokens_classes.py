@@ -148,6 +148,25 @@ def test_missing_splits_are_named(data, small, tmp_path):
         classes.ClassStudy(data, False, None, tmp_path, torch.float32)
 
 
+def test_steps_that_were_made_of_something_else_are_not_taken(data, small, tmp_path, monkeypatch):
+    classes.ClassStudy(data, False, None, tmp_path, torch.float32)
+    classes.ClassStudy(data, False, None, tmp_path, torch.float32)
+    for official, dtype, differ in ((True, torch.float32, "official"), (False, torch.bfloat16, "dtype")):
+        with pytest.raises(ValueError, match=f"were made with other {differ}; give another --work-dir"):
+            classes.ClassStudy(data, official, None, tmp_path, dtype)
+    (data / "test/dark/new.png").write_bytes(next(data.glob("test/dark/*.png")).read_bytes())
+    with pytest.raises(ValueError, match="were made with other images"):
+        classes.ClassStudy(data, False, None, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("files", [["a/scorer.safetensors", "b/scorer.safetensors"], ["learned.safetensors"]])
+def test_scorers_that_the_results_could_not_tell_apart_are_refused(files, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["equal_tokens_classes", "photos", "--also", *files])
+    with pytest.raises(SystemExit):
+        classes.main()
+    assert "the files need names of their own" in capsys.readouterr().err
+
+
 def test_nobody_is_tested_by_a_head_that_knows_it(data, small, tmp_path, monkeypatch):
     of_small = classes.ClassStudy(data, False, None, tmp_path, torch.float32)
     learned_from = []
