@@ -191,6 +191,13 @@ def test_smaller_images_fill_whole_patches_and_reach_below_every_budget():
     assert scales == [1, 30 / 21, 24 / 21, 15 / 21]
 
 
+def test_smaller_crops_are_whole_patches():
+    """A crop of 512 pixels is not, of 14; those that stand for it with fewer tokens must not be padded more."""
+    assert [equal_tokens.scale_of(number, 512, 14, True) * 512 for number in (30, 24)] == [420, 336]
+    assert equal_tokens.scale_of(36, 512, 14, True) == 1, "the configuration's own crop"
+    assert equal_tokens.scale_of(24, 518, 14, True) == 24 / 37 == equal_tokens.scale_of(24, 518, 14, False)
+
+
 def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
     def line(method, value, kept, seconds):
         return {"method": method, "metrics": {"mIoU": value}, "content_kept": kept, "seconds": seconds}
@@ -211,6 +218,8 @@ def test_gains_are_over_smaller_images_of_as_many_tokens_and_as_much_time():
     incomplete = [[*of_line, {} if number == 1 else {"mIoU": 99.0}] for number, of_line in enumerate(curves)]
     assert gains(2, incomplete)["error"] == pytest.approx(2**0.5), "a sample in which one has no value does not count"
     assert gains(2, [of_line[1:] for of_line in incomplete])["error"] is None, "of one there is no deviation"
+    without_the_last = [*curves[:4], [{}, {}]]
+    assert gains(2, without_the_last)["error"] == pytest.approx(2**0.5), "another line's lack is no concern of it"
 
 
 def test_samples_are_of_images_and_the_same_ones_for_every_setting(run, photoshapes, tmp_path):
@@ -312,7 +321,9 @@ def test_a_detector_that_finds_nothing_has_a_precision_of_nothing(photoshapes, t
     report = equal_tokens.main([f"{detector.format('apt')}.py", weights, *arguments])
     found = [line["metrics"]["box mAP"] for line in report["rows"]]
     assert found[0] > 0 and line_of(report, "random, 30%")["metrics"]["box mAP"] == 0
-    assert line_of(report, "random, 30%")["gains"]["box mAP"]["error"] is None, "nothing to draw samples of"
+    assert line_of(report, "random, 30%")["gains"]["box mAP"]["error"] > 0, (
+        "nothing in every sample, the dense model has"
+    )
 
 
 def test_detectors_and_classifiers(photoshapes, tmp_path):

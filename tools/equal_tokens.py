@@ -199,14 +199,15 @@ class Comparison:
     @cached_property
     def merged(self) -> list[float]:
         """Scales of images that are merged, in whole patches."""
-        cells = self.side // self.trunk.patch_size
-        return sorted({max(1, round(scale * cells)) / cells for scale in self.args.scales})
+        side, patch_size = self.side, self.trunk.patch_size
+        numbers = [max(1, round(scale * (side // patch_size))) for scale in self.args.scales]
+        return sorted({scale_of(number, side, patch_size, self.slides) for number in numbers})
 
     def scales(self, shares: Sequence[float]) -> list[float]:
         """1, those of merged images, and scales at which images have about these shares of the tokens: of the nearest
         size and its neighbours, for the last share only smaller ones, that at which some of the images fill whole
-        patches best. At others their edges would be padded more than those of the whole images. (Crops of images always
-        are whole.)
+        patches best. At others their edges would be padded more than those of the whole images. (Smaller crops are
+        whole patches.)
         """
         cells, patch_size = self.side // self.trunk.patch_size, self.trunk.patch_size
         images = [] if self.slides else tested_images(self.whole.test_dataloader.dataset, MEASURED)
@@ -220,7 +221,8 @@ class Comparison:
         # Near the whole image smaller ones only, which are not itself.
         others = [cells - 2 if cells - 2 < near <= cells else near for near in others]
         tried = [*((near, near - 1, near + 1) for near in others), (last, last - 1, last - 2)]
-        found = {min(numbers, key=padding) / cells for numbers in tried} | {*self.merged}
+        best = [min(numbers, key=padding) for numbers in tried]
+        found = {scale_of(number, self.side, patch_size, self.slides) for number in best} | {*self.merged}
         return [1.0, *(scale for scale in sorted(found, reverse=True) if scale > 0 and scale != 1)]
 
     @property
@@ -311,8 +313,10 @@ class Comparison:
         titles = max((line["metrics"] for line in lines), key=len)
         if not titles:
             raise ValueError("nothing was found in any image by any line; lower the score_thr of model.test_cfg")
-        for line in lines:
-            line["metrics"] = line["metrics"] or dict.fromkeys(titles, 0.0)  # mmdet has none where no boxes were found
+        for number, line in enumerate(lines):
+            if not line["metrics"]:  # mmdet has none where no boxes were found
+                line["metrics"] = dict.fromkeys(titles, 0.0)
+                samples[number] = [line["metrics"]] * DRAWS
         for number, line in enumerate(lines):
             if line["method"] != "dense":
                 line["gains"] = {title: gains_of(number, title, lines, samples) for title in line["metrics"]}
@@ -322,19 +326,26 @@ class Comparison:
         return {**about, "hardware": hardware(), "torch": torch.__version__, "rows": lines}
 
 
+def scale_of(number: int, side: int, patch_size: int, is_crop: bool) -> float:
+    """At which a side has so many patches; a crop exactly, or it would be padded. (1 for as many as the side holds.)"""
+    cells = side // patch_size
+    return number * patch_size / side if is_crop and number != cells else number / cells
+
+
 def gains_of(number: int, title: str, lines: Sequence[dict], samples: Sequence[Sequence[dict]]) -> dict:
     """What a line's metric is over dense images of as many ``tokens`` and as much ``time``; None where no image is as
     small. ``error`` is the standard deviation of the first over samples of the images; None without samples."""
-    dense = [index for index, line in enumerate(lines) if line["method"] == "dense"]
+    line, dense = lines[number], [index for index, line in enumerate(lines) if line["method"] == "dense"]
 
     def gain(cost: str, metrics: Sequence[dict]) -> float | None:
-        curve = [(lines[index][cost], metrics[index][title]) for index in dense]
-        return over(curve, lines[number][cost], metrics[number][title])
+        value, *smaller = (of_line[title] for of_line in metrics)
+        return over([(lines[index][cost], of_size) for index, of_size in zip(dense, smaller)], line[cost], value)
 
-    measured = [line["metrics"] for line in lines]
+    measured = [lines[index]["metrics"] for index in (number, *dense)]
     gains = {"tokens": gain("content_kept", measured), "time": gain("seconds", measured), "error": None}
     # A sample may lack what a metric is of, such as small objects.
-    complete = [metrics for metrics in zip(*samples) if all(title in of_line for of_line in metrics)]
+    drawn = zip(*(samples[index] for index in (number, *dense)))
+    complete = [metrics for metrics in drawn if all(title in of_line for of_line in metrics)]
     if gains["tokens"] is not None and len(complete) > 1:
         gains["error"] = statistics.stdev(gain("content_kept", metrics) for metrics in complete)
     return gains
