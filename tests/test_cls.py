@@ -177,6 +177,19 @@ def test_what_classifiers_learn_without_labels(data, small_config, tmp_path, mon
     assert classifier.trunk.token_adapters[0].mlp.up.weight.any()
 
 
+def test_classifiers_learn_smaller_images_from_views_without_borders(data, small_config, tmp_path, monkeypatch):
+    """As they see none in use."""
+    config, weights, _ = small_config
+    seen = []
+    monkeypatch.setattr(
+        "apt_backbones.mm.smaller_images.finetune_for_smaller_images",
+        lambda model, outputs, sizes, paths, views, *others, **options: seen.append(views) or {"distance": [1.0]},
+    )
+    files = ["--images", data / "val", "--out", tmp_path / "smaller.safetensors"]
+    run_script(monkeypatch, "tools/finetune_smaller.py", config, "--weights", weights, *files, "--device", "cpu")
+    assert min(seen[0].scales) >= 1
+
+
 def test_mixup_gives_soft_targets_in_training_only():
     torch.manual_seed(0)
     mixup = dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1)

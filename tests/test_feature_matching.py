@@ -14,7 +14,7 @@ from apt_backbones.freeze import is_new
 from apt_backbones.mm.feature_matching import FeatureMatching, distance_from, finetune_features
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from tests.scripts import interrupt, run_script
-from tools.frozen_model import model_key
+from tools.frozen_model import frozen_model, model_key
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         load_new_layers(wider, tmp_path / "new.safetensors")
 
 
-def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch):
+def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch, capsys):
     weights = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
     save_file(weights, tmp_path / "weights.safetensors")
     images = [
@@ -177,6 +177,24 @@ def test_the_tool_trains_the_layers_that_are_named(paths, tmp_path, monkeypatch)
         run_script(monkeypatch, "tools/distill_scorer.py", "vit_tiny_patch16_224", *images, "--resize", 20)
     with pytest.raises(SystemExit, match="a configuration names its new layers itself"):
         run_script(monkeypatch, "tools/finetune_features.py", "a_config.py", *images, "--train", "maps")
+    with pytest.raises(SystemExit, match="--keep takes shares between 0 and 1"):
+        run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *images, "--keep", 0)
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "tools/finetune_features.py", "vit_tiny_patch16_224", *images, "--rate", 0)
+    assert "argument --rate: must be above 0, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_networks_of_timms_that_are_no_plain_vits_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} is no plain ViT"):
+        frozen_model(name, "none.safetensors", None)
+
+
+def test_networks_may_have_the_tag_of_their_weights(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_file(vit.state_dict(), tmp_path / "weights.safetensors")
+    frozen = frozen_model("vit_tiny_patch16_224.augreg_in21k", tmp_path / "weights.safetensors", None)
+    assert torch.equal(frozen.trunk.pos_embed, vit.pos_embed)
 
 
 def test_other_weights_in_the_same_file_are_trained_anew(paths, tmp_path, monkeypatch):

@@ -40,6 +40,13 @@ def names_of(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: names[path] for path in paths}
 
 
+def positive(text: str) -> float:
+    """The type of a flag that takes a number above 0."""
+    if (number := float(text)) > 0:
+        return number
+    raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+
+
 def check_shares(shares: Sequence[float], flag: str = "--keep") -> None:
     """Raise ValueError if a flag names what is no share of the tokens."""
     if not all(0 < share < 1 for share in shares):

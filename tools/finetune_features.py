@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.cli import check_at_least, parser_of
+from tools.cli import check_at_least, check_shares, parser_of, positive
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.files import write_atomically
 from apt_backbones.images import evenly, read_rgb, to_tensor
@@ -63,7 +63,7 @@ def main() -> None:
     add("--rank", type=int, default=16, help="of the adapters (default: 16)")
     add("--iterations", type=int, default=1000, help="training steps (default: 1000)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
-    add("--rate", type=float, help="highest learning rate (default: 0.0001 with adapters, else 0.001)")
+    add("--rate", type=positive, help="highest learning rate (default: 0.0001 with adapters, else 0.001)")
     add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
     args = parser.parse_args()
     check_at_least(args, iterations=1, batch=1, resize=1, rank=1)
@@ -86,7 +86,8 @@ def main() -> None:
         raise ValueError("the variance of pooled features is that between images; give --batch 2 or more")
     paths = images_of(args)
     trunk.scorer = args.scorer or trunk.scorer
-    if args.keep:
+    if args.keep is not None:
+        check_shares([args.keep])
         maps = [
             score_maps_of(to_tensor(prepare(read_rgb(paths[index]))), tuple(trunk.thresholds), trunk.scorer)
             for index in steps.track(evenly(len(paths), CALIBRATED_ON), "scoring")

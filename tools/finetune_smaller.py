@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from tools.cli import check_at_least, check_shares, parser_of
+from tools.cli import check_at_least, check_shares, parser_of, positive
 from apt_backbones.distill import save_tensors
 from apt_backbones.images import read_rgb
 from tools import steps
@@ -37,7 +37,7 @@ def main() -> None:
     add("--rank", type=int, default=16, help="of the additions (default: 16)")
     add("--iterations", type=int, default=450, help="training steps (default: 450)")
     add("--batch", type=int, default=4, help="views of a step (default: 4)")
-    add("--rate", type=float, default=1e-4, help="highest learning rate (default: 0.0001)")
+    add("--rate", type=positive, default=1e-4, help="highest learning rate (default: 0.0001)")
     args = parser.parse_args()
     check_at_least(args, iterations=2, batch=1, rank=1)
     check_shares(args.keep)
@@ -51,7 +51,9 @@ def main() -> None:
             "learn from labels: train the configuration on smaller images"
         )
     paths, patch_size = images_of(args), frozen.trunk.patch_size
-    views = frozen.views(args.view, read_rgb(paths[0]), patch_size, seed=args.seed)._replace(scales=ZOOM)
+    views = frozen.views(args.view, read_rgb(paths[0]), patch_size, seed=args.seed)
+    if not frozen.is_classifier:  # whose views are filled, without padding
+        views = views._replace(scales=ZOOM)
     sizes = [
         tuple(max(1, round(side * math.sqrt(keep) / patch_size)) * patch_size for side in views.size)
         for keep in args.keep

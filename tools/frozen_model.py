@@ -250,10 +250,13 @@ def _of_timm(name: str, weights: str | None, sizes: Sequence[int] | None, option
     from apt_backbones import read_checkpoint
     from apt_backbones.backbones.timm_vit import load_timm
 
-    if name not in timm.list_models():
+    if not timm.is_model(name):
         raise ValueError(f"{name} is neither a configuration file, nor a folder, nor a model of timm's")
-    vit = timm.create_model(name, pretrained=weights is None, num_classes=0, dynamic_img_size=True)
-    depth, longest = len(vit.blocks), max(vit.patch_embed.img_size)
+    try:
+        vit = timm.create_model(name, pretrained=weights is None, num_classes=0, dynamic_img_size=True)
+        depth, longest = len(vit.blocks), max(vit.patch_embed.img_size)
+    except (AttributeError, TypeError) as error:  # the first: of hierarchical networks, the second: of others
+        raise ValueError(f"{name} is no plain ViT: {error}") from error
     out_indices = (depth // 2 - 1, 3 * depth // 4 - 1, depth - 1)
     if weights is not None:
         load_timm(vit, read_checkpoint(weights))
