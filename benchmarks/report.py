@@ -150,8 +150,8 @@ def environment(device: torch.device) -> dict:
 
 
 def plot_speeds(path: Path, rows: list[dict], title: str) -> None:
-    """Bars: speed relative to the first row, with the range over pairs, and a mark at the ratio of arithmetic."""
-    reference = rows[0]["mode"]
+    """Bars: speed relative to the reference, with the range over pairs, and a mark at the ratio of arithmetic."""
+    reference = _reference_of(rows)
     speeds = [row[f"speed_vs_{reference}"] for row in rows]
     with _figure(path, (8, 0.5 * len(rows) + 1.2)) as axes:
         medians = [speed["median"] for speed in speeds]
@@ -166,8 +166,9 @@ def plot_speeds(path: Path, rows: list[dict], title: str) -> None:
 
 
 def plot_growth(path: Path, results: list[dict]) -> None:
-    """Two plots: seconds per image over image sides, a line per mode; and time relative to dense over the share of
-    tokens, a line per side. Written as PATH_sides and PATH_tokens."""
+    """Two plots: seconds per image over image sides, a line per mode; and time relative to the reference over the share
+    of its tokens, a line per side. Written as PATH_sides and PATH_tokens."""
+    reference = _reference_of(results[0]["rows"])
     by_side = {result["img_size"]: {row["mode"]: row for row in result["rows"]} for result in results}
     modes = next(iter(by_side.values()))
     title = results[0]["title"].split(":")[0]
@@ -182,19 +183,24 @@ def plot_growth(path: Path, results: list[dict]) -> None:
         axes.legend()
     with _figure(path.with_stem(f"{path.stem}_tokens"), (7, 5)) as axes:
         for side, rows in by_side.items():
-            dense = rows["dense"]
+            whole = rows[reference]["tokens_per_image"]
             points = sorted(
-                (row["tokens_per_image"] / dense["tokens_per_image"], 1 / row["speed_vs_dense"]["median"])
+                (row["tokens_per_image"] / whole, 1 / row[f"speed_vs_{reference}"]["median"])
                 for mode, row in rows.items()
                 if mode.startswith("apt")
             )
             axes.plot(*zip(*points), "o-", label=f"{side} px")
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="proportional")
         axes.set(
-            xlabel="tokens / tokens of the padded square", ylabel="time / time of dense", xlim=(0, 1), ylim=(0, 1.1)
+            xlabel=f"tokens / tokens of {reference}", ylabel=f"time / time of {reference}", xlim=(0, 1), ylim=(0, 1.1)
         )
         axes.set_title(f"{title}: cost by tokens kept")
         axes.legend()
+
+
+def _reference_of(rows: list[dict]) -> str:
+    """The first mode that all others are compared with."""
+    return next(row["mode"] for row in rows if all(f"speed_vs_{row['mode']}" in other for other in rows))
 
 
 @contextlib.contextmanager

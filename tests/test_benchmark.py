@@ -142,6 +142,20 @@ def test_a_full_fine_tune_of_the_dense_model_is_compared_with_the_short_one(fold
     assert Image.open(folder / "speed.png").width > 300
 
 
+@pytest.mark.parametrize("modes", ["apt,dense", "apt,dense-rect"])
+def test_plots_are_relative_to_the_reference_wherever_it_stands(folder, monkeypatch, modes):
+    for sizes in ([128], [64, 128]):
+        arguments = ["--img-sizes", *sizes, "--modes", modes, "--plot", folder / f"{len(sizes)}.png"]
+        run(monkeypatch, folder, "--keep", 0.6, "--blocks", 1, *arguments)
+    assert {path.name for path in folder.glob("*.png")} >= {"1.png", "2_sides.png", "2_tokens.png"}
+
+
+def test_a_plot_without_a_reference_is_refused_before_anything_is_measured(folder, monkeypatch):
+    with pytest.raises((SystemExit, ValueError), match="add dense to --modes"):
+        run(monkeypatch, folder, "--modes", "packed,apt", "--plot", folder / "speed.png")
+    assert not (folder / "speed.png").exists()
+
+
 def test_cost_growth_is_plotted_over_sizes_and_over_tokens(folder, monkeypatch):
     sizes = ["--img-sizes", 64, 128, "--keep", 1, 0.6, "--modes", "dense,apt", "--blocks", 1]
     written = run(monkeypatch, folder, *sizes, "--plot", folder / "growth.png")

@@ -99,6 +99,8 @@ def _aspect(text: str) -> float:
 def measure_model(config: str | None, side: int | None, args: argparse.Namespace, console: Console) -> list[dict]:
     """Measure one model at one size and print its tables; one result for each thing that is timed."""
     host, facts = make_host(config, side, args)
+    if args.plot and not any(case.is_reference for case in host.cases):
+        raise ValueError("--plot shows speeds relative to the dense model; add dense to --modes")
     measure(host, args.rounds, args.stages)
     results = []
     for name in host.measures:
