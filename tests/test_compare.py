@@ -65,6 +65,16 @@ def test_the_last_validation_of_a_training_counts(tmp_path):
     assert compare.read_run(tmp_path)[0].speed == pytest.approx(20), "batches of the validation"
 
 
+def test_of_a_test_and_a_later_training_the_later_counts(tested):
+    """Of a training that was killed while it wrote a line, those before."""
+    validation = {"coco/bbox_mAP": 0.62, "step": 1, "time": 0.1}
+    write(tested / "apt" / "3" / "vis_data" / "scalars.json", json.dumps(validation) + '\n{"loss": 0.1, "l')
+    assert compare.read_run(tested / "apt")[0].metrics == {"box mAP": 62.0}
+    write(tested / "apt" / "4" / "4.json", {"coco/bbox_mAP": 0.63})
+    write(tested / "apt" / "4" / "vis_data" / "scalars.json", json.dumps({"coco/bbox_mAP": 0.63, "step": 0}))
+    assert compare.read_run(tested / "apt")[0].metrics == {"box mAP": 63.0}
+
+
 def test_a_batch_that_is_not_full_counts_as_it_is(tested):
     write(tested / "apt" / "3" / "3.json", {"coco/bbox_mAP": 0.6, "time": 0.25, "images_per_batch": 1.5})
     write(tested / "apt" / "3" / "vis_data" / "config.py", "test_dataloader = dict(batch_size=2)")
@@ -121,6 +131,7 @@ def test_committed_tables(task):
         ("missing", None, "no run at"),
         ("other.json", {"rows": [{"title": "dense"}]}, "is not a table of"),
         ("cut.json", '{"rows": [', "is not a table of"),
+        ("none.json", {"rows": []}, "is not a table of"),
         ("plot.png", b"\x89PNG", "is not a table of"),
     ],
 )

@@ -79,15 +79,18 @@ def read_lmms_eval(name: str, content: dict) -> Result:
 
 
 def read_mmengine(path: Path) -> tuple[dict, Path, str] | None:
-    """Metrics of the newest test, or of the last validation of the newest training, the folder of that run, and the
-    data loader's name in its configuration."""
-    if found := newest(file for file in path.glob("*/*.json") if file.stem == file.parent.name):
-        return json.loads(found.read_text()), found.parent, "test_dataloader"
+    """Metrics of the newest test, or of the last validation of a newer training, the folder of that run, and the data
+    loader's name in its configuration."""
+    test = newest(file for file in path.glob("*/*.json") if file.stem == file.parent.name)
     for log in sorted(path.glob("*/vis_data/scalars.json"), reverse=True):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if test and (log.parents[1] == test.parent or newest(iter([log, test])) == test):
+            continue
+        lines = [
+            json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")
+        ]  # a kill cuts the last
         if validations := [line for line in lines if "loss" not in line and "lr" not in line]:
             return validations[-1], log.parents[1], "val_dataloader"
-    return None
+    return test and (json.loads(test.read_text()), test.parent, "test_dataloader")
 
 
 def of_mmengine(name: str, line: dict, folder: Path, loader: str) -> Result:

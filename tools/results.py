@@ -41,7 +41,9 @@ def read_table(path: Path, run: str = "") -> list[Result]:
         results = [Result(run, row["title"], row["metrics"], *map(row.get, figures)) for row in rows]
         for result in results:
             result.relative_speed = result.speed and result.speed / results[0].speed
-        return results
+        if results:
+            return results
+        raise ValueError("it has no rows")
     except (KeyError, TypeError, ValueError) as error:  # the last: no JSON, or no text at all
         raise ValueError(f"{path} is not a table of tools/equal_tokens.py or of results on PhotoShapes") from error
 
