@@ -106,7 +106,7 @@ def main() -> None:
     for task in TASKS:
         values = sorted(shares[task.name])
         line = {"task": task.name, "thresholds": task.thresholds, "mean": statistics.mean(values)}
-        tenths = statistics.quantiles(values, n=10) if len(values) > 1 else values * 9
+        tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
         line |= {"10th percentile": tenths[0], "median": statistics.median(values), "90th percentile": tenths[-1]}
         results.append({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()})
         print(f"{task.name}: " + ", ".join(f"{k} {v:.1%}" for k, v in line.items() if isinstance(v, float)))

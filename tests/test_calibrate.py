@@ -1,5 +1,6 @@
 """Thresholds that meet a token budget."""
 
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from apt_backbones import PatchLayout, score_patches, select_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of, share_curves
+from benchmarks import tokens_kept
 from tests.golden import load_golden
 from tests.scripts import ROOT, run_script
 from tools.patch_settings import settings_of
@@ -194,3 +196,18 @@ def test_the_base_grid_holds_no_uninitialised_numbers():
     finally:
         torch.use_deterministic_algorithms(False)
     assert maps[8].isfinite().all()
+
+
+def test_shares_of_tokens_to_expect_lie_between_those_of_the_images(tmp_path, monkeypatch, capsys):
+    """Of a smooth and a busy one, at the paper's thresholds."""
+    Image.new("RGB", (64, 48), "grey").save(tmp_path / "smooth.png")
+    Image.effect_noise((64, 48), 100).convert("RGB").save(tmp_path / "busy.png")
+    task = tokens_kept.TASKS[2]._replace(prepare=tokens_kept.shortest(64))
+    monkeypatch.setattr(tokens_kept, "TASKS", (task,))
+    monkeypatch.setattr("sys.argv", ["tokens_kept", str(tmp_path), "--out", str(tmp_path / "kept.json")])
+    tokens_kept.main()
+    (found,) = json.loads((tmp_path / "kept.json").read_text())["results"]
+    shares = [found[name] for name in ("10th percentile", "median", "90th percentile")]
+    assert 0.25 <= shares[0] < shares[1] < shares[2] <= 1
+    assert found["mean"] == pytest.approx(shares[1], abs=1e-4), "of two"
+    assert "segmentation, 512 px: mean" in capsys.readouterr().out

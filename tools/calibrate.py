@@ -52,9 +52,12 @@ def score_all(paths: Sequence[Path], settings: PatchSettings, sizes: Sequence[in
     def score(path: Path) -> ScoreMaps:
         return score_maps_of(to_tensor(settings.prepare(read_rgb(path))), sizes, settings.scorer)
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # files side by side use the cores better than the pixels of one
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(score, paths), "scoring", len(paths), console=console, transient=True))
+        maps = list(track(pool.map(score, paths), "scoring", len(paths), console=console, transient=True))
+    torch.set_num_threads(threads)
+    return maps
 
 
 class Split(NamedTuple):
