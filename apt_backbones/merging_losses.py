@@ -63,7 +63,7 @@ def smaller_image_losses(outputs: Callable[[Tensor], Tensor], sizes: Sequence[in
             smaller_BCHW = F.interpolate(smaller_BCHW, whole_BCHW.shape[2:], mode="bilinear")
             ratio_BCHW = log_BCHW - (smaller_BCHW + LEAST).log()
             divergence_B1HW = (whole_BCHW * ratio_BCHW).sum(1, keepdim=True).clamp(min=0)
-            found.append(_patch_mean(divergence_B1HW, size)[:, 0])
+            found.append(F.avg_pool2d(divergence_B1HW, size)[:, 0])
         return found
 
     return losses
@@ -101,7 +101,7 @@ def image_losses(
         x_TD, layout, found = tokens[0], trunk.last_layout, [0.0] * len(sizes)
         map_BDHW, changes = layout.to_map(x_TD.detach().float()), []
         for factor in factors:
-            mean_BDHW = _patch_mean(map_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+            mean_BDHW = F.avg_pool2d(map_BDHW, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
             changes.append(mean_BDHW - map_BDHW[..., : mean_BDHW.shape[2], : mean_BDHW.shape[3]])
         for draw in range(draws):
             if kind == "features":
@@ -116,7 +116,7 @@ def image_losses(
             for number, (factor, change_BDHW) in enumerate(zip(factors, changes)):
                 height, width = change_BDHW.shape[2:]
                 change_B1HW = (slope_BDHW[..., :height, :width] * change_BDHW).sum(1, keepdim=True)
-                found[number] = found[number] + (factor**2 * _patch_mean(change_B1HW, factor)[:, 0]).square() / draws
+                found[number] = found[number] + (factor**2 * F.avg_pool2d(change_B1HW, factor)[:, 0]).square() / draws
         return found
 
     return losses
@@ -152,7 +152,7 @@ def merging_losses(maps_BCHW: Tensor, factors: Sequence[int]) -> list[Tensor]:
     maps_BCHW, losses = maps_BCHW.float(), []
     entropy_B1HW = -torch.special.xlogy(maps_BCHW, maps_BCHW).sum(1, keepdim=True)
     for factor in factors:
-        mean_BCHW, mean_entropy_B1HW = _patch_mean(maps_BCHW, factor), _patch_mean(entropy_B1HW, factor)
+        mean_BCHW, mean_entropy_B1HW = F.avg_pool2d(maps_BCHW, factor), F.avg_pool2d(entropy_B1HW, factor)
         entropy_of_mean_BHW = -torch.special.xlogy(mean_BCHW, mean_BCHW).sum(1)
         losses.append((entropy_of_mean_BHW - mean_entropy_B1HW[:, 0]).clamp(min=0))
     return losses
@@ -196,7 +196,3 @@ class Prototypes:
 def _nearness(cells: Tensor, prototypes: Tensor) -> Tensor:
     """Negative squared distances (..., K), up to what all prototypes share."""
     return 2 * cells @ prototypes.T - prototypes.square().sum(1)
-
-
-def _patch_mean(maps_BCHW: Tensor, factor: int) -> Tensor:
-    return F.avg_pool2d(maps_BCHW, factor)
