@@ -78,9 +78,9 @@ def shortest(side: int, crop: bool = False) -> Callable[[Image.Image], Tensor]:
 
 DETECTION, SEGMENTATION, LLAVA = {32: 2.0, 64: 2.0, 128: 0.3}, {32: 5.75}, {28: 5.75}
 TASKS = (
-    Task("detection, 1536 px, content", 16, DETECTION, longest(1536)),
-    Task("detection, 1536 px, padded to a square", 16, DETECTION, longest(1536, pad=True)),
-    Task("segmentation, 512 px", 16, SEGMENTATION, shortest(512)),
+    Task("detector, 1536 px, content", 16, DETECTION, longest(1536)),
+    Task("detector, 1536 px, padded to a square", 16, DETECTION, longest(1536, pad=True)),
+    Task("segmenter, 512 px", 16, SEGMENTATION, shortest(512)),
     Task("LLaVA, 336 px, cropped", 14, LLAVA, shortest(336, crop=True)),
     Task("LLaVA, 336 px, padded to a square", 14, LLAVA, longest(336, pad=True)),
 )

@@ -5,9 +5,9 @@ examples:
   python benchmarks/update_tables.py          # after new results
   python benchmarks/update_tables.py --check  # tells whether the tables are up to date, and changes nothing
 
-A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: headline, summary, det, seg,
-vqa, budgets:FILE, speeds, bench:FILE for a table of docs/benchmarks/FILE.json, and equal:FILE (for classification
-classes:FILE) for one of docs/results/equal_tokens_FILE.json.
+A table stands between the lines <!-- table: NAME --> and <!-- end of table -->. Names: headline, summary, expected,
+speeds, photoshapes:TASK, budgets:FILE, bench:FILE for a table of docs/benchmarks/FILE.json, and equal:FILE (for
+classification classes:FILE) for one of docs/results/equal_tokens_FILE.json.
 """
 
 import json
@@ -287,6 +287,17 @@ def classes(name: str) -> str:
     return table(["method", "image", "tokens", *names], lines)
 
 
+def expected() -> str:
+    """One row per task: the shares of tokens that the paper's thresholds keep on photographs."""
+    measured = json.loads((ROOT / "docs/results/tokens_kept_coco.json").read_text())["results"]
+    names = ("mean", "10th percentile", "median", "90th percentile")
+    return table(["task", *names], [[line["task"], *(f"{line[name]:.1%}" for name in names)] for line in measured])
+
+
+def photoshapes(task: str) -> str:
+    return markdown_of(report(task))
+
+
 def _with_gain(value: float, gain: float | None, error: float | None, digits: int = 2) -> str:
     if gain is None:
         return f"{value:.{digits}f}"
@@ -295,23 +306,23 @@ def _with_gain(value: float, gain: float | None, error: float | None, digits: in
 
 def text_of(name: str) -> str:
     """What stands between a table's markers."""
-    if name.startswith("bench:"):
-        return bench(name.removeprefix("bench:"))
-    if name.startswith("equal:"):
-        return equal_tokens(name.removeprefix("equal:"))
-    if name.startswith("classes:"):
-        return classes(name.removeprefix("classes:"))
-    if name.startswith("budgets:"):
-        return budgets(name.removeprefix("budgets:"))
-    if name in ("det", "seg", "vqa"):
-        return markdown_of(report(name))
-    tables = {"headline": headline, "summary": summary, "speeds": speeds}
-    if name not in tables:
-        raise ValueError(
-            f"no table is called {name!r}; there are {', '.join(tables)}, det, seg, vqa, budgets:FILE, bench:FILE, "
-            "equal:FILE and classes:FILE"
-        )
-    return tables[name]()
+    kind, *of = name.split(":")
+    if kind not in TABLES:
+        raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+    return TABLES[kind](*of)
+
+
+TABLES = {
+    "headline": headline,
+    "summary": summary,
+    "expected": expected,
+    "speeds": speeds,
+    "photoshapes": photoshapes,
+    "budgets": budgets,
+    "bench": bench,
+    "equal": equal_tokens,
+    "classes": classes,
+}
 
 
 def updated(text: str) -> str:

@@ -210,4 +210,4 @@ def test_shares_of_tokens_to_expect_lie_between_those_of_the_images(tmp_path, mo
     shares = [found[name] for name in ("10th percentile", "median", "90th percentile")]
     assert 0.25 <= shares[0] < shares[1] < shares[2] <= 1
     assert found["mean"] == pytest.approx(shares[1], abs=1e-4), "of two"
-    assert "segmentation, 512 px: mean" in capsys.readouterr().out
+    assert "segmenter, 512 px: mean" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_tables_change_with_the_results(tmp_path, monkeypatch):
     measured["rows"][0]["metrics"]["mIoU"] = 12.34
     (tmp_path / "seg.json").write_text(json.dumps(measured))
     monkeypatch.setattr(update_tables, "report", lambda task: tmp_path / "seg.json")
-    text = update_tables.updated("a\n<!-- table: seg -->\nstale\n<!-- end of table -->\nb\n")
+    text = update_tables.updated("a\n<!-- table: photoshapes:seg -->\nstale\n<!-- end of table -->\nb\n")
     assert "12.3" in text and "stale" not in text and text.startswith("a\n") and text.endswith("\nb\n")
     with pytest.raises(ValueError, match="no table is called 'x'"):
         update_tables.text_of("x")
