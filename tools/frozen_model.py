@@ -207,7 +207,7 @@ def _of_config(config: str, weights: str | None) -> Frozen:
         return _of_classifier(config, cfg, weights)
     mm = MMModel(config, weights)
 
-    def head(images: Tensor) -> Tensor:
+    def probabilities(images: Tensor) -> Tensor:
         shape = tuple(images.shape[2:])
         metas = [dict(img_shape=shape, ori_shape=shape, pad_shape=shape)] * len(images)
         logits = mm.model.encode_decode(images, metas)
@@ -218,8 +218,7 @@ def _of_config(config: str, weights: str | None) -> Frozen:
     def features(images: Tensor) -> Tensor:
         return torch.cat(mm.model.backbone(images), 1)
 
-    if weights is None or not hasattr(mm.model, "decode_head"):
-        return Frozen(mm.model, mm.trunk, settings_of(config), features, None)
+    head = probabilities if weights and hasattr(mm.model, "decode_head") else None
     own_resolution = getattr(mm.model, "own_resolution", False)
     return Frozen(mm.model, mm.trunk, settings_of(config), features, head, own_resolution=own_resolution)
 

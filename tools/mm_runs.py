@@ -67,8 +67,7 @@ class Bar(Hook):
     def after_train_iter(self, *_, **__) -> None:
         self.progress.advance(self.task)
 
-    def after_test_iter(self, *_, **__) -> None:
-        self.progress.advance(self.task)
+    after_test_iter = after_train_iter
 
 
 def trunk_of(cfg: Config) -> dict:
