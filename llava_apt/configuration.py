@@ -86,7 +86,6 @@ class LlavaAptConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        tower_options = {name: kwargs.pop(name) for name in TOWER_OPTIONS if name in kwargs}
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = config_dict.get("model_type")
         if "mm_vision_tower" in config_dict:
@@ -96,6 +95,11 @@ class LlavaAptConfig(LlavaConfig):
             )
         if kind not in ("llava", cls.model_type):
             raise ValueError(f"{pretrained_model_name_or_path} is a {kind!r} checkpoint, not LLaVA-1.5 (llava)")
-        config_dict = {**config_dict, "model_type": cls.model_type}
-        config_dict["vision_config"] = {**config_dict.get("vision_config", {}), **tower_options}
-        return config_dict, kwargs
+        return {**config_dict, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Also of ``AutoConfig``; options of the tower take the place of saved ones."""
+        tower_options = {name: kwargs.pop(name) for name in TOWER_OPTIONS if name in kwargs}
+        config_dict = {**config_dict, "vision_config": {**config_dict.get("vision_config", {}), **tower_options}}
+        return super().from_dict(config_dict, **kwargs)

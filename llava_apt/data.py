@@ -174,6 +174,7 @@ class LlavaDataset(Dataset):
         self.cut: list[str] = []
         crop = processor.image_processor.crop_size
         cells = (crop["height"] // processor.patch_size) * (crop["width"] // processor.patch_size)
+        cells += processor.vision_feature_select_strategy == "full"  # the CLS token
         for record in records:
             conversation = parse_record(record, image_folder, allow_outside_images)
             if isinstance(conversation, Conversation):

@@ -63,11 +63,19 @@ DECISIVE = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
-    "label_smoothing_factor",
     "bf16",
     "fp16",
     "seed",
 )
+
+
+# Options of TrainingArguments that would not do what they say.
+UNUSABLE = {
+    "resume_from_checkpoint": "use --resume, which goes on from the last checkpoint in --output-dir",
+    "save_only_model": "a run could not be resumed from such checkpoints",
+    "label_smoothing_factor": "Trainer smooths the labels of causal language models alone, of which LLaVA is none",
+    "neftune_noise_alpha": "the embedding that it adds noise to does not train",
+}
 
 
 class LlavaTrainer(Trainer):
@@ -289,7 +297,16 @@ def training_arguments(args: argparse.Namespace, extra: list[str]) -> TrainingAr
         save_total_limit=1,
         report_to="none",
     )
-    return arguments.parse_args_into_dataclasses(extra)[0]
+    training = arguments.parse_args_into_dataclasses(extra)[0]
+    for name, reason in UNUSABLE.items():
+        if getattr(training, name):
+            raise ValueError(f"--{name}: {reason}")
+    if (
+        training.per_device_train_batch_size * world_size * training.gradient_accumulation_steps
+        != args.total_batch_size
+    ):
+        raise ValueError("the batch is set by --total-batch-size and --device-batch-size alone")
+    return training
 
 
 def settings_of(

@@ -20,7 +20,7 @@ def prompt_pieces(turns: Sequence[tuple[str, str | None]], eos: str) -> list[tup
     for question, answer in turns:
         pieces.append((f"USER: {question} ASSISTANT:", False))
         if answer is not None:
-            pieces += [(" ", False), (answer + eos, True)]
+            pieces.append((f" {answer}{eos}", True))  # the space is a token where a digit follows
     return pieces
 
 

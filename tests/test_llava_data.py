@@ -4,14 +4,18 @@ import io
 import json
 import re
 import resource
+import string
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from tokenizers import Tokenizer, models, normalizers
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from llava_apt import LlavaAptProcessor
 from llava_apt.data import (
@@ -64,9 +68,30 @@ def test_prompt_is_llavas():
         "detailed, and polite answers to the user's questions. "
         "USER: <image>\nwhat ? ASSISTANT: a cat</s>USER: who ? ASSISTANT:"
     )
-    assert [text for text, is_answer in pieces if is_answer] == ["a cat</s>"]
+    assert [text for text, is_answer in pieces if is_answer] == [" a cat</s>"]
     assert question_prompt("what ?", 2).endswith("USER: <image>\n<image>\nwhat ? ASSISTANT:")
     assert question_prompt("what <image> ?", 1).endswith("USER: <image>\nwhat  ? ASSISTANT:")
+
+
+def test_the_space_before_an_answer_counts_where_it_is_a_token_of_its_own(pictures):
+    """As in LLaVA's masks: Llama's tokenizer joins it to letters, and not to digits."""
+    merges = [("▁", "t"), ("▁t", "w"), ("▁tw", "o")]
+    known = ["<unk>", "</s>", "▁", *string.printable, *("".join(pair) for pair in merges)]
+    llama = Tokenizer(models.BPE({word: number for number, word in enumerate(dict.fromkeys(known))}, merges))
+    llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
+    collator = LlavaCollator(SimpleNamespace(tokenizer=tokenizer))
+    for answer, counted in (("two", ["▁two", "</s>"]), ("2", ["▁", "2", "</s>"])):
+        labels = collator([(parse_record(record("how many ?", answer, image=None), pictures), None)])["labels"][0]
+        assert tokenizer.convert_ids_to_tokens(labels[labels != IGNORED]) == counted
+
+
+def test_an_image_s_cls_token_counts_where_the_language_model_gets_it(checkpoint, pictures):
+    for strategy in ("default", "full"):
+        options = dict(thresholds={}, vision_feature_select_strategy=strategy)
+        processor = LlavaAptProcessor.from_pretrained(checkpoint, **options)
+        dataset = LlavaDataset([record()], pictures, processor)
+        assert dataset.lengths == [LlavaCollator(processor)([dataset[0]])["input_ids"].shape[1]]
 
 
 def test_loss_counts_the_answers_and_their_end_only(processor, pictures):

@@ -130,7 +130,8 @@ def test_settings_that_tasks_have_for_other_models_change_nothing(checkpoint):
     lm = model(checkpoint)
     _, instances = prepare(lm, "simple", max_new_tokens=5)
     expected = [result.text for result in lm.generate_until(instances)]
-    for settings in (dict(image_aspect_ratio="original"), dict(until=None), dict(temperature=None)):
+    others = dict(image_aspect_ratio="original", seed=0, stop_sequences=["a"], interleaved_format=True)
+    for settings in (others, dict(until=None), dict(temperature=None)):
         _, instances = prepare(lm, "simple", max_new_tokens=5, **settings)
         assert [result.text for result in lm.generate_until(instances)] == expected
 

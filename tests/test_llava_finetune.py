@@ -157,6 +157,24 @@ def test_defaults_are_the_papers():
         training_arguments(args, [])
 
 
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--resume_from_checkpoint=o/checkpoint-3", "use --resume"),
+        ("--save_only_model=true", "a run could not be resumed"),
+        ("--label_smoothing_factor=0.1", "of which LLaVA is none"),
+        ("--neftune_noise_alpha=5", "does not train"),
+        ("--per_device_train_batch_size=1", "--total-batch-size and --device-batch-size alone"),
+        ("--gradient_accumulation_steps=2", "--total-batch-size and --device-batch-size alone"),
+    ],
+)
+def test_options_that_would_not_do_what_they_say_are_refused(option, message):
+    folders = ["--model", "m", "--data", "d", "--image-folder", "i", "--output-dir", "o"]
+    args, extra = parser().parse_known_args([*folders, option])
+    with pytest.raises(ValueError, match=message):
+        training_arguments(args, [*extra, "--use_cpu"])
+
+
 def test_command_line_errors_are_one_line(tmp_path):
     command = [sys.executable, "-m", "llava_apt.finetune", "--model", "m", "--image-folder", "i", "--output-dir", "o"]
     result = subprocess.run([*command, "--data", str(tmp_path / "no.json")], capture_output=True, text=True)

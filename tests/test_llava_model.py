@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from apt_backbones.freeze import is_new
 from llava_apt import (
@@ -135,6 +135,14 @@ def test_auto_classes_find_a_saved_adapted_model(checkpoint, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in inputs.items())
     with torch.no_grad():
         assert torch.equal(loaded(**again).logits, model(**inputs).logits)
+
+
+def test_options_of_the_tower_take_the_place_of_saved_ones_in_auto_classes_too(checkpoint, tmp_path):
+    load(checkpoint, **ON)[0].save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, thresholds={28: 3.0}, merge="resizing").vision_config
+    assert config.thresholds == {28: 3.0} and config.merge == "resizing"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, thresholds={28: 3.0}, merge="resizing")
+    assert model.config.vision_config.to_dict() == config.to_dict()
 
 
 def test_weights_may_be_handed_over_with_a_configuration(checkpoint):
