@@ -131,6 +131,22 @@ def test_an_interrupted_run_ends_as_one_that_was_not(config, train, tmp_path):
     assert_equal_runs(tmp_path / "interrupted", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("saved", ["within epochs", "between epochs"])
+def test_a_run_by_epochs_says_what_a_checkpoint_within_one_repeats(config, train, tmp_path, saved):
+    """Four batches an epoch."""
+    checkpoint = dict(interval=2, by_epoch=False) if saved == "within epochs" else dict(interval=1, by_epoch=True)
+    by_epoch = f"""
+train_cfg = dict(_delete_=True, by_epoch=True, max_epochs=3, val_interval=10)
+train_dataloader["sampler"] = dict(type="DefaultSampler", shuffle=True)
+default_hooks["checkpoint"].update({checkpoint})
+"""
+    assert train(config(interrupt=7, more=by_epoch), tmp_path / "run") == "interrupted"
+    assert train(config(more=by_epoch), tmp_path / "run", "--resume") is None
+    logs = [log.read_text() for log in tmp_path.glob("run/*/*.log")]
+    assert any("resumed epoch: 1" in log for log in logs)
+    assert any("resumed at the beginning of the epoch" in log for log in logs) == (saved == "within epochs")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["cls", "det", "seg"])
 def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(task, config, photoshapes, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import distributed, nn
 
 from ..checkpoint import load_converted, read_file, weights_of
@@ -107,6 +107,7 @@ class APTRunner(Runner):
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """As mmengine's, under a temporary name until the file is whole."""
+        kwargs["meta"] = {**(kwargs.get("meta") or {}), "by_epoch": kwargs.get("by_epoch", True)}
         unfinished = Path(out_dir, f".{filename}.unfinished")
         try:
             super().save_checkpoint(out_dir, unfinished.name, *args, **kwargs)
@@ -147,6 +148,14 @@ class WatchHook(Hook):
     def before_train(self, runner: Runner) -> None:
         for unfinished in Path(runner.work_dir).glob(".*.unfinished"):  # of a run that was killed
             unfinished.unlink(missing_ok=True)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        by_epoch = checkpoint.get("meta", {}).get("by_epoch", True)
+        if runner._resume and not by_epoch and isinstance(runner.train_loop, EpochBasedTrainLoop):
+            runner.logger.warning(
+                "resumed at the beginning of the epoch within which the checkpoint was saved: what the run had seen of "
+                "it is seen again; default_hooks.checkpoint.by_epoch=True saves between epochs"
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         seed_everything(runner.seed, runner.rank, runner.iter)
