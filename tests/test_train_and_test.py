@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+from apt_backbones.checkpoint import read_file
 from tests.scripts import ROOT, data_options, evaluator_options, run_script
 from tools import cli, mm_config, test, train
 
@@ -111,6 +112,29 @@ def test_every_image_of_a_test_can_be_painted(config, weights, few_options, tmp_
     flags = ["--work-dir", str(tmp_path / "run"), "--show-dir", str(tmp_path / "painted")]
     test.main([config, weights, *flags, *few_options(config)])
     assert len(list((tmp_path / "painted").rglob("*.*g"))) == 2
+
+
+def test_steps_of_several_batches_follow_the_same_schedule(few_options, tmp_path):
+    """The short fine-tune of 3,000 steps with 16 batches a step: what counts batches becomes 16 times as large."""
+    cfg = mm_config.read_config("det_configs/eva02_l_apt_1536.py")
+    mm_config.accumulate(cfg, 16)
+    warmup, decay = cfg.param_scheduler
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (48000, 16000)
+    assert (warmup.begin, warmup.end, decay.milestones) == (0, 800, [38400, 43200])
+    assert cfg.default_hooks.checkpoint.interval == 16 * 2500
+
+    schedule = {
+        "param_scheduler.1.begin": 1,
+        "param_scheduler.1.end": 2,
+        "train_cfg.max_iters": 2,
+        "default_hooks.checkpoint.interval": 1,
+    }
+    options = few_options(SEG, load_from=SEG_WEIGHTS, **schedule)
+    train.main([SEG, "--work-dir", str(tmp_path), "--accumulate", "3", *options])
+    kept = {file.name: read_file(file) for file in tmp_path.glob("iter_*.pth")}
+    assert set(kept) == {"iter_3.pth", "iter_6.pth"}
+    steps = {int(state["step"]) for state in kept["iter_6.pth"]["optimizer"]["state"].values()}
+    assert steps == {2}
 
 
 def test_a_configuration_for_half_precision_trains_without_a_gpu(few_options, tmp_path, monkeypatch):

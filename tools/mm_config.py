@@ -126,6 +126,21 @@ def merge_number_keys(settings: dict) -> None:
             merge_number_keys(value)
 
 
+def accumulate(cfg: Config, batches: int) -> None:
+    """Have a step of the optimizer take the gradients of several batches, in place: the steps and their schedule stay,
+    and what counts batches, as mmengine does, becomes as many times larger."""
+    cfg.optim_wrapper.accumulative_counts = batches
+    counted = [schedule for schedule in cfg.param_scheduler if not schedule.get("by_epoch", True)]
+    if "max_iters" in cfg.train_cfg:
+        counted += [cfg.train_cfg, cfg.default_hooks.checkpoint]
+    for part in counted:
+        for name in ("max_iters", "val_interval", "interval", "begin", "end", "T_max", "milestones"):
+            if isinstance(value := part.get(name), int):
+                part[name] = batches * value
+            elif value is not None:
+                part[name] = [batches * milestone for milestone in value]
+
+
 def build_runner(cfg: Config) -> Runner:
     """The runner of a configuration.
 

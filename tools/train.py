@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from tools.cli import parser_of, run
+from tools.cli import check_at_least, parser_of, run
 from apt_backbones.mm.runner import latest_checkpoint
-from tools.mm_config import add_common_arguments, build_runner, check_data, load_config
+from tools.mm_config import accumulate, add_common_arguments, build_runner, check_data, load_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,6 +24,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--amp", action="store_true", help="train with automatic mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="N batches make a step, so that N times as many are seen"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -50,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ValueError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set")
         cfg.auto_scale_lr.enable = True
+    check_at_least(args, accumulate=1)
+    if args.accumulate > 1:
+        accumulate(cfg, args.accumulate)
     if args.resume == "auto":
         # Only a run that has begun is resumed: a fine-tune that has not starts from its load_from.
         if latest := latest_checkpoint(cfg.work_dir):

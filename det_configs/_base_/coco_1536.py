@@ -22,7 +22,7 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=1,  # of 128 in all: accumulate or add GPUs, or let --auto-scale-lr scale the learning rate
+    batch_size=1,  # of 128 in all: --accumulate or add GPUs, or let --auto-scale-lr scale the learning rate
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),
