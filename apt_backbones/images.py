@@ -16,7 +16,7 @@ def read_rgb(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, or damaged.
+        ValueError: the file is no image, or damaged, or has floating point pixels.
     """
     try:
         with Image.open(path) as image:
@@ -26,7 +26,9 @@ def read_rgb(path: str | Path) -> Image.Image:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"no image at {path}") from error
         raise ValueError(f"{path} is not a readable image ({error})") from error
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: keep the value range instead of clipping it
+    if image.mode.startswith("F"):
+        raise ValueError(f"{path} has floating point pixels, whose range is not known; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits and more: keep the value range instead of clipping it
         values = np.asarray(image, dtype=np.float64)
         scale = 257.0 if values.max(initial=0) > 255 else 1.0
         image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))

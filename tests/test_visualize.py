@@ -182,6 +182,13 @@ def test_images_of_every_mode_become_rgb(tmp_path, mode, value, expected):
     assert image.mode == "RGB" and image.size == (3, 2) and image.getpixel((0, 0)) == expected
 
 
+def test_floating_point_images_are_refused(tmp_path):
+    """Of 0..1 or 0..255: nobody says."""
+    Image.new("F", (3, 2), 0.5).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif has floating point pixels, whose range is not known; convert it"):
+        read_rgb(tmp_path / "x.tif")
+
+
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (4, 2))
     exif = image.getexif()
