@@ -44,11 +44,11 @@ else
 	"$(VENV)/bin/python" examples/demo.py $(TASK)
 endif
 
-data/photoshapes:
+data/photoshapes: | setup
 	"$(VENV)/bin/python" examples/make_photoshapes.py $@
 
 # Large objects, and many images: from these even a small model learns shapes in half an hour.
-data/photoshapes_big:
+data/photoshapes_big: | setup
 	"$(VENV)/bin/python" examples/make_photoshapes.py $@ --train 8000 --val 400 --size 192 --min-diameter 0.2
 
 # Speed on this machine: about 20 minutes on two cores, under 10 on an H200. BENCH_ARGS: see benchmarks/run_all.py --help.

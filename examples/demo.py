@@ -12,12 +12,11 @@ network of real size, and draws pictures; then writes OUT/TASK/index.html and a 
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
-from tools.cli import check_shares, parser_of
+from tools.cli import check_shares, parser_of, run_tool
 from apt_backbones.files import write_atomically
 from examples.demo_page import render, share_histogram, training_curve
 from examples.report import AFTER, BEFORE, DENSE, listed, write_report
@@ -107,9 +106,7 @@ def time_real_size(task: str, steps: Steps, keep: float, images: Path) -> dict:
         file = steps.folder / "real_size.part"
         steps.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments, "--json", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+        run_tool(command, f"{shlex.join(command)} failed")
         dense, apt = json.loads(file.read_text())["results"][-1]["rows"]
         file.unlink()
         return {"what": what, "kept": apt["content_kept"], **apt[f"speed_vs_{dense['mode']}"]}

@@ -15,7 +15,6 @@ own. Started again, it resumes.
 import copy
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tools.cli import parser_of
+from tools.cli import parser_of, run_tool
 from apt_backbones import adapt
 from apt_backbones.calibrate import calibrate_thresholds, score_maps_of
 from apt_backbones.files import write_atomically
@@ -83,9 +82,7 @@ def distilled(args, paths: list[Path]) -> Path:
     if args.weights:
         command += ["--weights", args.weights]
     with announced("distilling a scorer (some minutes on a CPU)"):
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"no scorer was distilled: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+        run_tool(command, "no scorer was distilled")
     return file
 
 

@@ -51,6 +51,7 @@ from tools.cli import parser_of, run
 from apt_backbones.files import write_atomically
 from llava_apt.data import read_records
 from llava_apt.prompt import IMAGE, SYSTEM
+from tools.steps import fingerprint
 
 PATCH, CELLS = 14, 12  # LLaVA's patch; the image's side is PATCH * CELLS pixels
 WIDTH, LAYERS, HEADS = 128, 4, 4
@@ -286,6 +287,8 @@ def train(args: argparse.Namespace) -> None:
     model.model.vision_tower.embeddings.position_embedding.weight.data[1:] = 0.5 * sines(WIDTH, CELLS)
     scenes = Scenes(args.data, "training", processor)
     logger.info("%.2f million parameters, %d images", sum(p.numel() for p in model.parameters()) / 1e6, len(scenes))
+    if len(scenes) < args.batch_size:
+        raise ValueError(f"{args.data} has {len(scenes)} images; give a --batch-size of at most as many")
     loader = DataLoader(scenes, args.batch_size, shuffle=True, drop_last=True, collate_fn=scenes.collate)
     llava = model.model.train()
     embedding = model.get_input_embeddings()
@@ -348,7 +351,7 @@ def train(args: argparse.Namespace) -> None:
         return torch.stack([outputs.loss, 0.2 * looking(outputs.attentions[0], batch)])
 
     unfinished = args.destination.with_name(f".{args.destination.name}.unfinished")
-    aligned = unfinished / "aligned.safetensors"
+    aligned = unfinished / f"aligned_{fingerprint(args.data)}.safetensors"  # of an interrupted run
     if aligned.exists():
         model.load_state_dict(load_file(aligned), strict=False)  # without the head, which is tied to the embeddings
         logger.info("alignment: taken from %s", aligned)

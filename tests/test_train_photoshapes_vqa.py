@@ -87,3 +87,10 @@ def test_an_interrupted_run_goes_on_after_the_alignment(data, tmp_path, monkeypa
     )
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == training.CELLS**2
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused(data, tmp_path, monkeypatch):
+    arguments = [str(data[0]), str(tmp_path / "llava"), "--batch-size", "1000"]
+    monkeypatch.setattr(sys, "argv", ["train_photoshapes_vqa.py", *arguments])
+    with pytest.raises(ValueError, match="images; give a --batch-size of at most as many"):
+        training.main()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,14 @@ def check_shares(shares: Sequence[float], flag: str = "--keep") -> None:
     """Raise ValueError if a flag names what is no share of the tokens."""
     if not all(0 < share < 1 for share in shares):
         raise ValueError(f"{flag} takes shares between 0 and 1, such as 0.7")
+
+
+def run_tool(command: Sequence[str], failed: str) -> None:
+    """Run a tool in a process of its own, silently; raise ValueError, which begins with ``failed``, if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        *_, last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+        raise ValueError(f"{failed}: {last.removeprefix('error: ')}")
 
 
 def run(main: Callable[[], object], interrupted: str = "interrupted") -> None:
