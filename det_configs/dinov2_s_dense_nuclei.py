@@ -1,13 +1,8 @@
 """A small Cascade R-CNN on the last map of the frozen DINOv2 ViT-S, on nuclei; an hour of one CPU core."""
 
 _base_ = ["_base_/dinov2_s_cascade.py", "_base_/nuclei.py"]
-max_iters = 640
 model = dict(
     roi_head=dict(bbox_head=[{**stage, "num_classes": 1} for stage in _base_.model.roi_head.bbox_head]),
     # Up to 375 nuclei are in an image.
     test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=400), rcnn=dict(max_per_img=400)),
 )
-warmup, decay = _base_.param_scheduler
-param_scheduler = [warmup, {**decay, "end": max_iters, "T_max": max_iters - warmup.end}]
-train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 2)
-del warmup, decay

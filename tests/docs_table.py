@@ -45,7 +45,6 @@ SUBSTITUTIONS = (
     ("iter_3000.pth", "iter_1.pth"),
     ("iter_4000.pth", "iter_1.pth"),
     ("iter_400.pth", "iter_1.pth"),
-    ("iter_320.pth", "iter_1.pth"),
     ("iter_640.pth", "iter_1.pth"),
     ("iter_960.pth", "iter_1.pth"),
     # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.

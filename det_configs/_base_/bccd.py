@@ -46,6 +46,6 @@ val_evaluator = test_evaluator = dict(type="CocoMetric", metric="bbox")
 # (docs/equal_tokens.md), in the scorer's nats. tools/calibrate.py finds those of a token budget.
 adaptive = dict(thresholds={28: 2.0})
 learned = dict(
-    scorer="checkpoints/bccd_scorer.safetensors", thresholds={28: 0.002}, merge="resizing", map_fill="interpolate"
+    scorer="checkpoints/bccd_scorer.safetensors", thresholds={28: 0.59114}, merge="resizing", map_fill="interpolate"
 )
 del loader, tested, training, validation, test, resized, meta_keys

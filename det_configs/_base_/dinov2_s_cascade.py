@@ -1,8 +1,8 @@
-"""A small Cascade R-CNN on the last map of the frozen DINOv2 ViT-S, with a training of 320 iterations. Data follow in
+"""A small Cascade R-CNN on the last map of the frozen DINOv2 ViT-S, with a training of 640 iterations. Data follow in
 ``_base_``, and the number of classes."""
 
 _base_ = "cascade_vitdet.py"
-channels, max_iters = 64, 320
+channels, max_iters = 64, 640
 strides = [3.5, 7.0, 14.0, 28.0]
 head = dict(num_shared_convs=2, in_channels=channels, conv_out_channels=channels, fc_out_channels=256)
 model = dict(
@@ -39,6 +39,6 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=20),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=False, begin=20, end=max_iters, T_max=max_iters - 20),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=160)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=320)
 val_cfg, test_cfg = dict(type="ValLoop"), dict(type="TestLoop")
 randomness = dict(seed=0)
