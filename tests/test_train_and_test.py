@@ -61,6 +61,8 @@ NO_DATA = ["--cfg-options", "test_dataloader.dataset.data_root=nowhere", "train_
         ("test.py", ["det_configs/eva02_l_apt_1536.py", "x.pth"], "no data at data/coco/; put COCO there: train2017/"),
         ("test.py", [DET, "x.pth", *NO_DATA], "no data at nowhere; put the data set there"),
         ("train.py", [DET, *NO_DATA], "no data at nowhere"),
+        ("train.py", [DET, "--accumulate", "0"], "--accumulate must be at least 1"),
+        ("train.py", [DET, "--accumulate", "2", "--auto-scale-lr"], "give either it or --accumulate"),
         ("train.py", ["seg_configs/eva02_l_apt_512.py"], "no data at data/ade/ADEChallengeData2016; put ADE20K there"),
     ],
 )

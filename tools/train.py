@@ -38,6 +38,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_at_least(args, accumulate=1)
+    if args.accumulate > 1 and args.auto_scale_lr:
+        raise ValueError("--auto-scale-lr would take a batch for a step; give either it or --accumulate")
     cfg = load_config(args)
     check_data(cfg, ["train_dataloader", "val_dataloader"])
     if args.amp and not torch.cuda.is_available():
@@ -53,7 +56,6 @@ def main(argv: list[str] | None = None) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ValueError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set")
         cfg.auto_scale_lr.enable = True
-    check_at_least(args, accumulate=1)
     if args.accumulate > 1:
         accumulate(cfg, args.accumulate)
     if args.resume == "auto":
