@@ -49,7 +49,7 @@ HEADLINES = (
 OWN_TESTS = (
     ("nuclei, linear head, mIoU", "nuclei_seg", "mIoU", "nuclei_seg_lora"),
     ("nuclei, UperNet, mIoU", "nuclei_upernet", "mIoU", None),
-    ("nuclei, boxes of a small detector, mAP", "nuclei_det", "box mAP", None),
+    ("nuclei, boxes of a small detector, mAP", "nuclei_det_seed1", "box mAP", None),
     ("text on receipts, linear head, mIoU", "receipts_seg", "mIoU", None),
     ("text on receipts, UperNet, mIoU", "receipts_upernet", "mIoU", None),
     ("blood cells, boxes of a small detector, mAP", "bccd_det", "box mAP", None),
