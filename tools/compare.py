@@ -85,9 +85,8 @@ def read_mmengine(path: Path) -> tuple[dict, Path, str] | None:
     for log in sorted(path.glob("*/vis_data/scalars.json"), reverse=True):
         if test and (log.parents[1] == test.parent or newest(iter([log, test])) == test):
             continue
-        lines = [
-            json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")
-        ]  # a kill cuts the last
+        whole = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill cuts the last
+        lines = [json.loads(line) for line in whole]
         if validations := [line for line in lines if "loss" not in line and "lr" not in line]:
             return validations[-1], log.parents[1], "val_dataloader"
     return test and (json.loads(test.read_text()), test.parent, "test_dataloader")
