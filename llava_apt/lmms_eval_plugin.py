@@ -17,7 +17,6 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from . import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers, options_of
 from .prompt import question_prompt
@@ -147,7 +146,7 @@ class LlavaAptSimple(lmms):
         until = settings.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
         # What tasks set for other models: how to crop, a seed, stop sequences of their own.
-        known = vars(GenerationConfig())
+        known = vars(self.model.generation_config)
         settings = {name: value for name, value in settings.items() if name in known}
         settings = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0, "top_p": None, **settings}
         settings["do_sample"] = (settings["temperature"] or 0) > 0

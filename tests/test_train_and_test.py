@@ -124,6 +124,12 @@ def test_steps_of_several_batches_follow_the_same_schedule(few_options, tmp_path
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (48000, 16000)
     assert (warmup.begin, warmup.end, decay.milestones) == (0, 800, [38400, 43200])
     assert cfg.default_hooks.checkpoint.interval == 16 * 2500
+    cfg.param_scheduler = warmup  # mmengine takes one alone, and none
+    mm_config.accumulate(cfg, 2)
+    assert cfg.param_scheduler.end == 2 * 800
+    cfg.param_scheduler = None
+    mm_config.accumulate(cfg, 2)
+    assert cfg.optim_wrapper.accumulative_counts == 2
 
     schedule = {
         "param_scheduler.1.begin": 1,

@@ -14,7 +14,7 @@ tell little.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def read_mmengine(path: Path) -> tuple[dict, Path, str] | None:
     loader's name in its configuration."""
     test = newest(file for file in path.glob("*/*.json") if file.stem == file.parent.name)
     for log in sorted(path.glob("*/vis_data/scalars.json"), reverse=True):
-        if test and (log.parents[1] == test.parent or newest(iter([log, test])) == test):
+        if test and (log.parents[1] == test.parent or newest([log, test]) == test):
             continue
         whole = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill cuts the last
         lines = [json.loads(line) for line in whole]
@@ -115,7 +115,7 @@ def batch_size(config: Path, loader: str) -> int:
     return Config.fromfile(config, import_custom_modules=False)[loader].batch_size if config.is_file() else 1
 
 
-def newest(paths: Iterator[Path]) -> Path | None:
+def newest(paths: Iterable[Path]) -> Path | None:
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 

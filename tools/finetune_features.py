@@ -67,6 +67,8 @@ def main() -> None:
     add("--work-dir", type=Path, help="for logs and checkpoints (default: beside --out)")
     args = parser.parse_args()
     check_at_least(args, iterations=1, batch=1, resize=1, rank=1)
+    if args.keep is not None:
+        check_shares([args.keep])
     from apt_backbones.mm.feature_matching import finetune_features
 
     torch.manual_seed(args.seed)
@@ -86,8 +88,7 @@ def main() -> None:
         raise ValueError("the variance of pooled features is that between images; give --batch 2 or more")
     paths = images_of(args)
     trunk.scorer = args.scorer or trunk.scorer
-    if args.keep is not None:
-        check_shares([args.keep])
+    if args.keep:
         maps = [
             score_maps_of(to_tensor(prepare(read_rgb(paths[index]))), tuple(trunk.thresholds), trunk.scorer)
             for index in steps.track(evenly(len(paths), CALIBRATED_ON), "scoring")

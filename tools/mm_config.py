@@ -130,7 +130,9 @@ def accumulate(cfg: Config, batches: int) -> None:
     """Have a step of the optimizer take the gradients of several batches, in place: the steps and their schedule stay,
     and what counts batches, as mmengine does, becomes as many times larger."""
     cfg.optim_wrapper.accumulative_counts = batches
-    counted = [schedule for schedule in cfg.param_scheduler if not schedule.get("by_epoch", True)]
+    schedules = cfg.get("param_scheduler") or []
+    schedules = schedules if isinstance(schedules, list) else [schedules]
+    counted = [schedule for schedule in schedules if not schedule.get("by_epoch", True)]
     if "max_iters" in cfg.train_cfg:
         counted += [cfg.train_cfg, cfg.default_hooks.checkpoint]
     for part in counted:
