@@ -249,10 +249,12 @@ class AdaptiveTrunk(nn.Module):
             until: index of the last block to run.
         """
         check_images(images)
-        if self.thresholds and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        varying = self.thresholds or self.padding == "drop"
+        if torch.compiler.is_exporting() or (varying and torch.jit.is_tracing()):
             raise RuntimeError(
-                "adaptive trunks cannot be traced or exported: how many tokens there are depends on the image; export "
-                "the dense network (thresholds=None), or use compile_blocks()"
+                "adaptive trunks cannot be exported, nor traced while they merge or drop padding: how many tokens "
+                "there are depends on the image; export the network that the trunk was made from, or use "
+                "compile_blocks()"
             )
         images = self._pad(images)
         layout = self.last_layout = self.layout(images)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import timm
@@ -193,11 +194,21 @@ def test_rotary_tables_are_finite_at_3072_pixels():
         assert all(torch.view_as_real(rotation).isfinite().all() for rotation in trunk.rotations(layout))
 
 
-def test_tracing_says_that_it_is_not_supported(trunk):
-    images = normalized(trunk, pictures(1))
-    for trace in (torch.jit.trace, torch.export.export):
-        with pytest.raises(Exception, match=r"cannot be traced or exported: how many tokens"):
-            trace(Maps(trunk), (images,), **({"strict": False} if trace is torch.export.export else {}))
+def test_tracing_and_export_say_that_they_are_not_supported(trunk):
+    maps, images = Maps(trunk), normalized(trunk, pictures(1))
+    trace, export = torch.jit.trace, partial(torch.export.export, strict=False)
+    for refused in (trace, export):
+        with pytest.raises(
+            Exception, match=r"cannot be exported, nor traced while they merge or drop padding: how many tokens"
+        ):
+            refused(maps, (images,))
+    trunk.thresholds = {}
+    with torch.no_grad():
+        before = maps(images)
+    with pytest.raises(Exception, match=r"cannot be exported"):
+        export(maps, (images,))  # what is kept for an image size would hold no values
+    torch.testing.assert_close(maps(images), before, rtol=0, atol=0)
+    torch.testing.assert_close(trace(maps, (images,))(images), before, rtol=0, atol=0)
 
 
 class Maps(nn.Module):
