@@ -1,6 +1,7 @@
 """What the programs that make data sets share."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -54,11 +55,12 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 def remove_abandoned(destination: Path) -> None:
     """Remove what runs for the same folder left that were killed."""
-    for folder in destination.parent.glob(f".{destination.name}-*"):
-        process = folder.name.removeprefix(f".{destination.name}-").partition("-")[0]
-        try:
-            os.kill(int(process), 0)
-        except ValueError:
-            continue  # not ours
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
+    ours = re.compile(rf"\.{re.escape(destination.name)}-(\d+)-[a-z0-9_]+")
+    for folder in list(destination.parent.iterdir()):
+        if match := ours.fullmatch(folder.name):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:
+                pass  # another user's, at work

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 
 from apt_backbones import score_patches
 from examples import make_photoshapes as photoshapes
+from examples.new_folder import new_folder
 from tests.scripts import wait_for
 
 SCRIPT = Path(photoshapes.__file__)
@@ -315,6 +316,13 @@ def test_a_killed_run_leaves_no_processes_and_the_next_one_removes_its_files(tmp
     assert list(tmp_path.iterdir())
     photoshapes.make_photoshapes(tmp_path / "set", train=1, val=1, size=64)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_runs_for_folders_of_similar_names_leave_each_other_alone(tmp_path):
+    with new_folder(tmp_path / "shapes-99999999") as folder, new_folder(tmp_path / "shapes") as other:
+        (folder / "mine.txt").touch()
+        (other / "mine.txt").touch()
+    assert set(files(tmp_path)) == {"shapes-99999999/mine.txt", "shapes/mine.txt"}
 
 
 def test_a_failing_run_leaves_nothing(tmp_path, monkeypatch):
