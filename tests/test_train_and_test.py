@@ -124,6 +124,14 @@ def test_steps_of_several_batches_follow_the_same_schedule(few_options, tmp_path
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (48000, 16000)
     assert (warmup.begin, warmup.end, decay.milestones) == (0, 800, [38400, 43200])
     assert cfg.default_hooks.checkpoint.interval == 16 * 2500
+    steps, periods = (
+        dict(type="StepLR", by_epoch=False, step_size=100),
+        dict(type="ExponentialLR", by_epoch=False, gamma=0.81),
+    )
+    cfg.param_scheduler = [steps, dict(type="OneCycleLR", by_epoch=False, total_steps=1e3), periods]
+    mm_config.accumulate(cfg, 2)
+    steps, cycle, decay = cfg.param_scheduler
+    assert (steps.step_size, cycle.total_steps, decay.gamma) == (200, 2000, pytest.approx(0.9))
     cfg.param_scheduler = warmup  # mmengine takes one alone, and none
     mm_config.accumulate(cfg, 2)
     assert cfg.param_scheduler.end == 2 * 800

@@ -9,6 +9,9 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+# What counts iterations in loops, checkpoints and schedules.
+COUNTED = ("max_iters", "val_interval", "interval", "begin", "end")
+COUNTED += ("T_max", "milestones", "periods", "step_size", "total_steps")
 TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configuration's scope
 
 # Where a data set comes from, by the folder that configs name for it.
@@ -136,11 +139,13 @@ def accumulate(cfg: Config, batches: int) -> None:
     if "max_iters" in cfg.train_cfg:
         counted += [cfg.train_cfg, cfg.default_hooks.checkpoint]
     for part in counted:
-        for name in ("max_iters", "val_interval", "interval", "begin", "end", "T_max", "milestones"):
-            if isinstance(value := part.get(name), int):
-                part[name] = batches * value
-            elif value is not None:
+        for name in COUNTED:
+            if isinstance(value := part.get(name), (list, tuple)):
                 part[name] = [batches * milestone for milestone in value]
+            elif value is not None:
+                part[name] = batches * value
+        if part.get("type") in ("ExponentialLR", "ExponentialParamScheduler"):  # a factor an iteration
+            part.gamma **= 1 / batches
 
 
 def build_runner(cfg: Config) -> Runner:
