@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "det": ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "onedl-mmdetection>=3.5.1"],
-    "seg": ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=1.4.2"],
-    "cls": ["onedl-mmengine>=0.10.12", "torchvision"],
+    "seg": ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "onedl-mmsegmentation>=1.4.2", "pycocotools"],
+    "cls": ["onedl-mmengine>=0.10.12", "opencv-python", "pycocotools", "torchvision"],
     "llava": ["transformers>=5.20", "accelerate>=1.15", "pillow"],
     "eval": ["lmms-eval>=0.7.3", "filelock<4"],
     "tools": ["imageio[pyav]", "peft", "pycocotools", "scikit-image", "pooch"],

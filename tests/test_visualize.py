@@ -1,6 +1,8 @@
 """The picture tool, run as a user runs it."""
 
 import argparse
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +208,10 @@ def test_damaged_images_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no images in"):
         (tmp_path / "empty").mkdir()
         find_images([str(tmp_path / "empty")])
+
+
+def test_only_videos_need_imageio(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio.v3", None)
+    without = importlib.reload(video)
+    with pytest.raises(ImportError, match="videos need imageio and PyAV: pip install"):
+        without.read_frames(tmp_path / "clip.mp4")

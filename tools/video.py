@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 
@@ -30,7 +29,7 @@ def read_frames(path: Path) -> tuple[Iterator[Image.Image], float, int | None]:
         ValueError: the file is not a video that PyAV can decode, when it is opened or while frames are read.
     """
     try:
-        with iio.imopen(path, "r", plugin="pyav") as file:
+        with _open(path, "r") as file:
             metadata = file.metadata()
             next(file.iter(format="rgb24"))  # a file with a header but without pictures is found out here
     except (OSError, StopIteration, ValueError, IndexError) as error:
@@ -40,7 +39,7 @@ def read_frames(path: Path) -> tuple[Iterator[Image.Image], float, int | None]:
 
     def frames() -> Iterator[Image.Image]:
         try:
-            with iio.imopen(path, "r", plugin="pyav") as file:
+            with _open(path, "r") as file:
                 for frame in file.iter(format="rgb24"):
                     yield Image.fromarray(frame)
         except (OSError, ValueError) as error:
@@ -55,8 +54,16 @@ def write_video(path: Path, frames: Iterable[Image.Image], fps: float) -> None:
     write_atomically(path, lambda unfinished: write(unfinished, frames, fps))
 
 
+def _open(path: Path, mode: str):
+    try:
+        import imageio.v3 as iio  # only for videos, so that pictures do without it
+    except ImportError:
+        raise ImportError('videos need imageio and PyAV: pip install "imageio[pyav]"') from None
+    return iio.imopen(path, mode, plugin="pyav")
+
+
 def _write_mp4(path: Path, frames: Iterable[Image.Image], fps: float) -> None:
-    with iio.imopen(path, "w", plugin="pyav") as file:
+    with _open(path, "w") as file:
         file.init_video_stream("libx264", fps=round(fps, 3))
         for frame in frames:
             file.write_frame(np.asarray(frame))
