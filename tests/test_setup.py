@@ -51,3 +51,13 @@ def test_what_is_missing_is_named(run, programs, message):
     assert done.returncode == 1
     assert done.stderr.startswith("[setup] error: ") and len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr)
+
+
+def test_an_environment_without_pip_is_made_again(run):
+    """Debian's python3 leaves one when it says that the package python3-venv is missing."""
+    unfinished = 'if [ "$2" = venv ]; then mkdir -p "$3/bin"; ln -sf "$(type -P false)" "$3/bin/python"; exit 1; fi'
+    large_disk = SMALL_DISK.replace("2097152", "20971520")
+    linked = {name: f'exec {shutil.which(name)} "$@"' for name in ("ln", "false")}
+    for _ in range(2):
+        done = run(python3=f"{PYTHON}; {unfinished}", df=large_disk, **linked, **{"c++": "true"})
+        assert "python -m venv failed; on Debian or Ubuntu: apt-get install python3-venv" in done.stderr

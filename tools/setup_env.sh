@@ -33,7 +33,7 @@ PY
     fi
 
     say "creating $VENV (about 15 minutes the first time: mmcv is compiled)"
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" ||
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$VENV" ||
         die "python -m venv failed; on Debian or Ubuntu: apt-get install python3-venv"
     local pip=("$VENV/bin/python" -m pip --disable-pip-version-check) python_tag cuda wheels
     "${pip[@]}" install -q --upgrade "pip>=24" "setuptools>=77,<81" wheel ninja psutil packaging
