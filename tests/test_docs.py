@@ -83,6 +83,16 @@ def test_programs_options_and_files_exist(command):
             assert (ROOT / word).exists(), f"there is no {word}"
 
 
+@pytest.mark.parametrize("folder", ["det_configs", "seg_configs"])
+def test_configurations_that_tables_name_exist(folder):
+    """Also of patterns such as `eva02_{b,l}_apt_1536.py`."""
+    cells = re.findall(r"^\| (`[^|]*\.py`[^|]*) \|", (ROOT / folder / "README.md").read_text(), re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"`([^`]*\.py)`", cell)]
+    echo = f"for name in {' '.join(named)}; do echo $name; done"
+    files = subprocess.run(["bash", "-c", echo], cwd=ROOT / folder, capture_output=True, text=True, check=True)
+    assert named and [file for file in files.stdout.split() if not (ROOT / folder / file).is_file()] == []
+
+
 def test_every_substitution_is_needed():
     """What no document says any more is taken off the table."""
     programs = [command for path in DOCUMENTS for command in check_docs.commands(path) if command.is_python]
