@@ -116,6 +116,14 @@ def test_every_image_of_a_test_can_be_painted(config, weights, few_options, tmp_
     assert len(list((tmp_path / "painted").rglob("*.*g"))) == 2
 
 
+def test_a_toolbox_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_mmseg.py").write_text("raise ModuleNotFoundError('No module', name='mmseg')")
+    (tmp_path / "x.py").write_text("custom_imports = dict(imports=['of_mmseg'])")
+    with pytest.raises(ImportError, match=r'x.py needs mmseg: pip install -e "\.\[seg\]"$'):
+        mm_config.read_config(str(tmp_path / "x.py"))
+
+
 def test_steps_of_several_batches_follow_the_same_schedule(few_options, tmp_path):
     """The short fine-tune of 3,000 steps with 16 batches a step: what counts batches becomes 16 times as large."""
     cfg = mm_config.read_config("det_configs/eva02_l_apt_1536.py")

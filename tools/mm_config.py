@@ -84,7 +84,16 @@ def read_config(path: str, import_custom_modules: bool = True) -> Config:
         raise FileNotFoundError(f"no configuration at {path}; see det_configs/, seg_configs/ and cls_configs/")
     if Path(path).suffix not in (".py", ".json", ".yaml", ".yml"):
         raise ValueError(f"{path} is not a configuration file; name one of det_configs/, seg_configs/ or cls_configs/")
-    cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
+    try:
+        cfg = Config.fromfile(path, import_custom_modules=import_custom_modules)
+    except ImportError as error:
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        toolbox = getattr(cause, "name", None)
+        if toolbox not in TASKS:
+            raise
+        raise ImportError(f'{path} needs {toolbox}: pip install -e ".[{TASKS[toolbox]}]"') from error
     if "model" not in cfg:
         raise ValueError(
             f"{path} configures no model; name one of det_configs/, seg_configs/, cls_configs/, not _base_/"
