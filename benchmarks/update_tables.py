@@ -17,6 +17,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from tools.cli import parser_of, run
 from benchmarks.study import PATCH, point_of
 from examples.report import AFTER, DENSE, SMALLER_DENSE, markdown_of
@@ -135,7 +137,9 @@ def headline() -> str:
             if (line["scorer"], line["image"], line["fill"]) == ("learned", image, fill) and line.get("adapters", True)
         ]
         best = min(learned, key=lambda of: abs(of["tokens"] / tokens - 2 / 3))
-        other = min(entropy, key=lambda of: abs(of["tokens"] - best["tokens"]))
+        fills = {of["fill"] for of in entropy} & {"repeat", "interpolate", fill}
+        other_fill = fill if fill in fills else max(fills, key=list(FILLS).index)
+        points = [(of["tokens"] / tokens, of["gain"]) for of in entropy if of["fill"] == other_fill]
         dense = [
             line
             for line in results
@@ -147,8 +151,9 @@ def headline() -> str:
         whole = statistics.mean(line[metric] for line in dense if line["fill"] == dense_fill)
         lora = "" if best["lora"] is None else f"{best['gain'] - best['lora']:+.1f}"
         smaller = best["value"] - best["gain"]
-        quality = [f"{whole:.1f}", f"{smaller:.1f}", lora, f"{other['gain']:+.1f}"]
-        rows.append([label, f"{best['tokens'] / tokens:.0%}", *quality, _bold(best["gain"], best["error"])])
+        share = best["tokens"] / tokens
+        quality = [f"{whole:.1f}", f"{smaller:.1f}", lora, _between(points, share)]
+        rows.append([label, f"{share:.0%}", *quality, _bold(best["gain"], best["error"])])
     rows += [_of_own_test(*of) for of in OWN_TESTS]
     return table(
         ["", "tokens", "whole image", "smaller image", "with LoRA", "merging, entropy", "merging, learned"], rows
@@ -158,22 +163,31 @@ def headline() -> str:
 def _of_own_test(label: str, file: str, metric: str, tuned: str | None) -> list[str]:
     """A row of ``headline``."""
     dense, best, entropy = _near_two_thirds(file)
+    points = [(line["content_kept"], line["gains"][metric]["tokens"]) for line in entropy]
     of, gain = best["metrics"][metric], best["gains"][metric]
     lora = ""
     if tuned:
         lora = f"{gain['tokens'] - _near_two_thirds(tuned)[1]['gains'][metric]['tokens']:+.1f}"
-    smaller, of_entropy = of - gain["tokens"], entropy["gains"][metric]["tokens"]
-    quality = [f"{dense['metrics'][metric]:.1f}", f"{smaller:.1f}", lora, f"{of_entropy:+.1f}"]
+    smaller, entropy = of - gain["tokens"], _between(points, best["content_kept"])
+    quality = [f"{dense['metrics'][metric]:.1f}", f"{smaller:.1f}", lora, entropy]
     return [label, f"{best['content_kept']:.0%}", *quality, _bold(gain["tokens"], gain["error"])]
 
 
-def _near_two_thirds(file: str) -> tuple[dict, dict, dict]:
-    """Lines of a file of tools/equal_tokens.py: the whole image, and merging to about two thirds of its tokens by the
-    learned scorer and by entropy."""
+def _between(points: list[tuple[float, float]], share: float) -> str:
+    """The gain at a share of the tokens, on straight lines between those that were measured; with its own share, if the
+    nearest was measured elsewhere."""
+    shares, gains = zip(*sorted(points))
+    nearest = min(max(share, shares[0]), shares[-1])
+    return f"{np.interp(nearest, shares, gains):+.1f}" + (f" ({nearest:.0%})" if abs(share - nearest) > 0.05 else "")
+
+
+def _near_two_thirds(file: str) -> tuple[dict, dict, list[dict]]:
+    """Lines of a file of tools/equal_tokens.py: the whole image, merging to about two thirds of its tokens by the
+    learned scorer, and merging by entropy."""
     dense, *lines = json.loads((ROOT / f"docs/results/{file}_equal_tokens.json").read_text())["rows"]
     lines = sorted((line for line in lines if line["scale"] == 1), key=lambda line: abs(line["content_kept"] - 2 / 3))
     best = next(line for line in lines if (line["scorer"] or "").endswith(".safetensors"))
-    return dense, best, next(line for line in lines if line["scorer"] == "entropy")
+    return dense, best, [line for line in lines if line["scorer"] == "entropy"]
 
 
 def _bold(gain: float, error: float) -> str:
