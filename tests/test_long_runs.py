@@ -508,8 +508,10 @@ def test_data_that_are_normalized_otherwise_than_the_trunk_undoes_are_refused():
             )
 
     check_normalization(Host([123.675, 116.28, 103.53]))
-    with pytest.raises(ValueError, match=r"normalizes by \[127\.5.*pixel_mean"):
-        check_normalization(Host([127.5, 127.5, 127.5]))
+    other = Host([127.5, 127.5, 127.5])
+    for model in (other, nn.ModuleDict({"module": other})):  # alone, and as test-time augmentation wraps it
+        with pytest.raises(ValueError, match=r"normalizes by \[127\.5.*pixel_mean"):
+            check_normalization(model)
 
 
 @pytest.mark.parametrize(

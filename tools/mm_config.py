@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 # What counts iterations in loops, checkpoints and schedules.
-COUNTED = ("max_iters", "val_interval", "interval", "begin", "end")
+COUNTED = ("max_iters", "val_begin", "val_interval", "save_begin", "interval", "begin", "end")
 COUNTED += ("T_max", "milestones", "periods", "step_size", "total_steps")
 TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configuration's scope
 

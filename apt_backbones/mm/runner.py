@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -203,13 +204,12 @@ def resumable(path: str | Path) -> dict:
 
 
 def check_normalization(model: nn.Module) -> None:
-    """Raise ValueError if images are normalized otherwise than an adaptive trunk undoes before scoring them."""
-    mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    for trunk in (part for part in model.modules() if isinstance(part, AdaptiveTrunk) and part.thresholds):
-        if mean is None:
-            continue
-        pairs = [(mean, trunk.pixel_mean), (model.data_preprocessor.std, trunk.pixel_std)]
-        for theirs, ours in pairs:
+    """Raise ValueError if images are normalized otherwise than an adaptive trunk undoes before scoring them; also of a
+    model in a wrapper, such as test-time augmentation's."""
+    trunks = [part for part in model.modules() if isinstance(part, AdaptiveTrunk) and part.thresholds]
+    preprocessors = [getattr(host, "data_preprocessor", None) for host in model.modules()]
+    for trunk, by in product(trunks, [each for each in preprocessors if getattr(each, "mean", None) is not None]):
+        for theirs, ours in ((by.mean, trunk.pixel_mean), (by.std, trunk.pixel_std)):
             if not torch.allclose(theirs.flatten().cpu().float(), torch.tensor(ours), atol=0.01):
                 raise ValueError(
                     f"data_preprocessor normalizes by {[round(x, 3) for x in theirs.flatten().tolist()]}, the backbone "
