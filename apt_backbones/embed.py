@@ -41,7 +41,7 @@ class AdaptivePatchEmbed(nn.Module):
             nn.init.zeros_(self.zero_mlp.bias)
 
     def forward(self, images: Tensor, layout: PatchLayout, proj: nn.Conv2d, positions: Tensor | None) -> Tensor:
-        """Tokens (T, D); zeros for prefix tokens.
+        """Tokens (T, D), of which prefix tokens are for the caller to fill in.
 
         Args:
             images: normalized images (B, 3, H * p, W * p).
@@ -54,10 +54,7 @@ class AdaptivePatchEmbed(nn.Module):
         tokens_TD = layout.from_map(cells_BDHW)
         if positions is not None:
             positions_HWD = positions[0].permute(1, 2, 0)
-            positions_TD = positions_HWD[layout.row_T, layout.column_T]
-            if layout.num_prefix:
-                positions_TD = positions_TD.masked_fill(layout.is_prefix_T[:, None], 0)
-            tokens_TD = tokens_TD + positions_TD
+            tokens_TD = tokens_TD + positions_HWD[layout.row_T, layout.column_T]
         for size, index in layout.sizes.items():
             if size == layout.patch_size:
                 continue

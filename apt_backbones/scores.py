@@ -182,7 +182,7 @@ def _histograms(images: Tensor, size: int) -> Tensor:
     batch, rows, columns = images.shape[0], images.shape[2] // size, images.shape[3] // size
     grey = _grey(images[:, :, : rows * size, : columns * size])
     # NaN pixels are reported by the caller; here they must only not index outside the histogram.
-    bins = grey.mul_(NUM_BINS / 256).nan_to_num_(0).to(torch.int64).clamp_(max=NUM_BINS - 1)
+    bins = grey.mul_(NUM_BINS / 256).nan_to_num_(0).to(torch.int64)
     patch = torch.arange(batch * rows * columns, device=images.device).view(batch, rows, 1, columns, 1)
     bins.view(batch, rows, size, columns, size).add_(patch * NUM_BINS)
     bins, num_bins = bins.flatten(), batch * rows * columns * NUM_BINS

@@ -137,7 +137,7 @@ def drop_at_random(sides_BHW: Tensor, patch_size: int) -> Tensor:
         sides_BHW with ``patch_size`` where a cell is kept and ``DROPPED`` elsewhere; what was dropped stays so.
     """
     height, width = sides_BHW.shape[1:]
-    num_patches_B = (patch_size / sides_BHW).square().where(sides_BHW > 0, 0).sum((1, 2)).round()  # n cells: n / n
+    num_patches_B = (patch_size / sides_BHW).square().where(sides_BHW > 0, 0).sum((1, 2))  # of powers of four: exact
     order_HW = _drop_order(height, width, sides_BHW.device)
     order_BN = order_HW.where(sides_BHW != DROPPED, height * width).flatten(1)
     rank_BHW = order_BN.argsort(1).argsort(1).view_as(sides_BHW)

@@ -111,7 +111,7 @@ class APTEncoderDecoder(EncoderDecoder):
             grid = [-(-cells // factor) for cells in layout.grid]
             if factor == 1 or not len(tokens) or min(grid) < self._least_cells():
                 continue
-            means = [F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False) for x in maps]
+            means = [F.avg_pool2d(x, factor, ceil_mode=True) for x in maps]
             coarser = self._read(means, [cells * size for cells in grid], batch_img_metas)
             logits = torch.where(side_B1HW == size, coarser[..., :height, :width], logits)
         return logits
