@@ -232,7 +232,9 @@ def load_pretrained(trunk: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if "pos_embed" in weights:
         positions = weights["pos_embed"]
         has_cls_token = math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]
-        positions = resample_abs_pos_embed(positions, trunk.position_grid, num_prefix_tokens=int(has_cls_token))
+        positions = resample_abs_pos_embed(
+            positions, trunk.position_grid, num_prefix_tokens=int(has_cls_token), antialias=trunk.antialias_positions
+        )
         if has_cls_token and not trunk.num_prefix:
             positions = positions[:, 1:]
         weights["pos_embed"] = positions

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from apt_backbones import APTEva02, convert_eva02, load_converted, read_checkpoint
+from apt_backbones.checkpoint import load_pretrained
 from tests.golden import load_golden
 
 TRUNKS = {
@@ -103,3 +104,11 @@ def test_unreadable_files_are_named(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="holds no weights"):
         read_checkpoint(tmp_path / "empty.pth")
+
+
+def test_positions_of_a_larger_pretraining_are_resampled_as_the_trunk_resamples_its_own():
+    options = dict(img_size=64, embed_dim=48, depth=1, num_heads=3)
+    large, small = (APTEva02(**options, pretrain_img_size=side) for side in (128, 64))
+    load_pretrained(small, large.state_dict())
+    own = (trunk.positions((4, 4))[..., :4, :4] for trunk in (small, large))  # more of them, for merged patches
+    torch.testing.assert_close(*own)
