@@ -1,5 +1,6 @@
 """Learned scorers: what distillation learns, and that a file works wherever a scorer's name is taken."""
 
+import os
 import random
 
 import pytest
@@ -13,11 +14,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from apt_backbones import adapt, score_patches
 from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_maps_of
-from apt_backbones.distill import Views, ViewSettings, cut_view, make_views, train_scorer
-from apt_backbones.learned import ScorerTail, in_fixed_point, load_scorer
+from apt_backbones.checkpoint import read_file
+from apt_backbones.distill import FLOOR, Views, ViewSettings, _jittered, _part, cut_view, make_views, train_scorer
+from apt_backbones.learned import ScorerTail, _type_of_sums, in_fixed_point, load_scorer
 from apt_backbones.merging_losses import cell_losses, merging_losses
 
-from .scorers import random_scorer
+from .scorers import random_scorer, save_scorer
 
 PATCH, SIZES = 4, (8, 16)
 MEAN, STD = (120.0, 115.0, 105.0), (58.0, 57.0, 56.0)
@@ -79,6 +81,41 @@ def test_distilled_it_ranks_patches_better_than_entropy(tmp_path):
         assert torch.equal(ours[size], score_patches(unseen, SIZES, other)[size])
         assert (ours[size] >= 0).all()
     assert avoided(ours[8], true[8]) > 0.9 > 0.5 > avoided(entropy[8], true[8])
+
+
+def test_the_weights_of_the_best_epoch_are_taken_and_scores_are_losses(tmp_path, monkeypatch):
+    """What is held out has the losses of other patches, so that the last epoch is not the best."""
+    monkeypatch.setattr("apt_backbones.distill.RATE", 2e-2)
+    images, losses = scenes(16, 0)
+    images += torch.randint(0, 2, images.shape)  # a plain patch would score nothing
+    losses = {size: 1e-3 * loss for size, loss in losses.items()}
+    others = {size: loss[:5].flip(2) for size, loss in losses.items()}
+    views, held_out = Views(images.byte(), losses), Views(images[:5].byte(), others)
+    arguments = dict(epochs=6, batch=4, width=8, state=tmp_path / "state.pth")
+    scorer, curve = train_scorer([views], [held_out], nn.Conv2d(3, 8, PATCH, PATCH), MEAN, STD, **arguments)
+    scores, likelihoods = score_patches(images[:5], SIZES, scorer), []
+    for size in SIZES:
+        mean = losses[size].mean()
+        predicted = scores[size] / mean
+        likelihoods.append(((others[size] / mean + FLOOR) / predicted + predicted.log()).mean())
+    best = min(epoch.held_out for epoch in curve)
+    assert curve[-1].held_out > 1.2 * best
+    assert float(sum(likelihoods)) / 2 == pytest.approx(best, rel=0.03)
+    assert read_file(tmp_path / "state.pth")["net"]["center"].all(), "E's channels are standardized"
+
+
+def test_a_mirrored_view_has_the_losses_of_its_patches():
+    pixels = torch.arange(36, dtype=torch.uint8).expand(1, 3, 16, 36)  # four columns beyond the whole patches of 16
+    losses = {8: torch.arange(8.0).view(1, 2, 4), 16: torch.arange(2.0).view(1, 1, 2)}
+    mirrored, found = _part(Views(pixels, losses), torch.tensor([0]), True, torch.device("cpu"))
+    assert mirrored[0, 0, 0].tolist() == list(range(31, -1, -1))
+    assert found[8].tolist() == [[[3, 2, 1, 0], [7, 6, 5, 4]]] and found[16].tolist() == [[[1, 0]]]
+
+
+def test_changed_colours_stay_colours():
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(8, 3, 4, 4)
+    changed = _jittered(pixels, torch.Generator().manual_seed(0))
+    assert changed.min() == 0 and changed.max() == 255
 
 
 def test_no_step_of_a_training_is_larger_for_a_patch_that_loses_far_more_than_predicted():
@@ -161,7 +198,20 @@ def test_scores_of_any_image_size(scorer, shape):
     assert torch.equal(alone[8], scores[8][1:])
 
 
-def test_the_decision_depends_neither_on_autocast_nor_on_threads(scorer):
+def test_an_image_goes_on_as_its_edge_where_it_fills_no_largest_patch(scorer):
+    images = (torch.rand(1, 3, 24, 40) * 255).round()
+    whole = score_patches(F.pad(images, (0, 8, 0, 8), mode="replicate"), SIZES, scorer)
+    assert torch.equal(score_patches(images, SIZES, scorer)[8], whole[8][:, :3, :5])
+
+
+def test_pixels_are_rounded(scorer):
+    images = torch.randint(0, 255, (1, 3, 32, 32)).float()
+    expected = score_patches(images, SIZES, scorer)
+    found = score_patches(images + 0.4 * torch.rand_like(images), SIZES, scorer)
+    assert all(torch.equal(found[size], expected[size]) for size in SIZES)
+
+
+def test_the_decision_depends_neither_on_autocast_nor_on_the_precision_of_products(scorer):
     images = (torch.rand(2, 3, 64, 64) * 255).round()
     expected = score_patches(images, SIZES, scorer)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,8 +219,10 @@ def test_the_decision_depends_neither_on_autocast_nor_on_threads(scorer):
     assert all(torch.equal(found[size], expected[size]) for size in SIZES)
     half = score_patches(images.half(), SIZES, scorer)  # whole numbers up to 255 are exact
     assert all(torch.equal(half[size], expected[size]) for size in SIZES)
+    assert _type_of_sums() == torch.float32
     torch.set_float32_matmul_precision("medium")
     try:
+        assert _type_of_sums() == torch.float64, "also where no product is rounded to bfloat16, as on many CPUs"
         found = score_patches(images, SIZES, scorer)
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -209,6 +261,15 @@ def test_a_file_is_the_scorer(scorer, file):
         found = score_patches(images, SIZES, given)
         assert all(torch.equal(found[size], expected[size]) for size in SIZES)
     assert torch.equal(score_patches(images, (8,), file)[8], expected[8]), "the smaller sizes alone"
+
+
+def test_a_file_that_was_distilled_again_is_read_again(tmp_path):
+    images, found = (torch.rand(1, 3, 32, 32) * 255).round(), []
+    for second in range(2):
+        file = save_scorer(tmp_path / "scorer.safetensors", PATCH, 2)
+        os.utime(file, (second, second))
+        found.append(score_patches(images, SIZES, file)[8])
+    assert not torch.equal(*found)
 
 
 def test_files_that_are_no_scorer(file, tmp_path):
