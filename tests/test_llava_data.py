@@ -201,6 +201,12 @@ def test_over_long_conversations_are_cut_behind_the_first_answer(processor, pict
     assert processor.tokenizer.decode(labels[labels != IGNORED]) == "a cat </s>"
 
 
+def test_a_conversation_whose_first_answer_would_be_cut_is_left_out(processor, pictures):
+    dataset = LlavaDataset([record(answer="cat " * 200, id="long"), record()], pictures, processor, max_length=150)
+    assert [bad.id for bad in dataset.bad] == ["long"] and not dataset.cut
+    assert dataset.bad[0].reason.endswith("cut to 150 it loses images or answers")
+
+
 def test_useless_data_is_refused(processor, pictures, tmp_path):
     with pytest.raises(ValueError, match="none of 1 records can be used; the first: x: missing image"):
         LlavaDataset([record(image="nowhere.png")], pictures, processor)

@@ -189,6 +189,14 @@ def test_what_was_fine_tuned_gets_adapters(checkpoint, tmp_path):
     assert adapted.model.vision_tower.token_adapters[0].qkv.down.weight.any()
 
 
+@pytest.mark.parametrize("layer, left_out", [(-1, 0), (-2, 1), ([-2, -1], 0), ([1, -2], 1)])
+def test_layers_up_to_the_last_that_is_read_have_adapters(layer, left_out):
+    values = stock_model().config.to_dict() | {"model_type": "llava_apt", "vision_feature_layer": layer}
+    values["vision_config"] |= {"thresholds": {"28": 2.0}, "adapter_rank": 2}
+    tower = LlavaAptForConditionalGeneration(LlavaAptConfig(**values)).model.vision_tower
+    assert len(tower.token_adapters) == tower.config.num_hidden_layers - left_out
+
+
 @pytest.mark.parametrize("lost", ["layers.0.mlp.fc1.weight", "zero_mlp.weight", "adapters.0.mlp.up"])
 def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path, lost):
     """That lack some of LLaVA's tensors, or some of the embedding's new layers, or some of the adapters'."""

@@ -90,8 +90,10 @@ def test_layout_is_that_of_the_pixels_handed_on():
 
 def test_unnormalised_and_unscaled_images_get_the_same_layout():
     """Callers may switch off parts of the processing; the scores stay those of pixels in 0..255."""
-    image = photo(size=(SIDE, SIDE))
-    expected = processor()(images=image, text=PROMPT, return_tensors="pt")["patch_sides"]
+    process = processor(thresholds={28: 5.0})
+    image = photo(size=(SIDE, SIDE)).point(lambda value: 100 + value // 6)  # with less contrast, all would merge
+    expected = process(images=image, text=PROMPT, return_tensors="pt")["patch_sides"]
+    assert set(expected.flatten().tolist()) == {14, 28}
     twice = {"rescale_factor": 2 / 255, "image_mean": 1.0, "image_std": [0.5] * 3}
     for options in (
         {"do_normalize": False},
@@ -99,10 +101,10 @@ def test_unnormalised_and_unscaled_images_get_the_same_layout():
         {"do_rescale": False, "do_normalize": False},
         twice,
     ):
-        result = processor()(images=image, text=PROMPT, return_tensors="pt", **options)
+        result = process(images=image, text=PROMPT, return_tensors="pt", **options)
         assert torch.equal(result["patch_sides"], expected)
     unit = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    result = processor()(images=unit, text=PROMPT, return_tensors="pt", do_rescale=False)
+    result = process(images=unit, text=PROMPT, return_tensors="pt", do_rescale=False)
     assert torch.equal(result["patch_sides"], expected)
 
 
