@@ -1,6 +1,7 @@
 """A fine-tune without labels: the new layers, and only they, learn what merging costs."""
 
 import argparse
+import math
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from apt_backbones import adapt
 from apt_backbones.distill import ViewSettings
 from apt_backbones.freeze import is_new
-from apt_backbones.mm.feature_matching import FeatureMatching, distance_from, finetune_features
+from apt_backbones.mm.feature_matching import FeatureMatching, RandomViews, distance_from, finetune_features
 from apt_backbones.new_layers import load_new_layers, save_new_layers
 from tests.scripts import interrupt, run_script
 from tools.frozen_model import frozen_model, model_key
@@ -57,11 +58,38 @@ def test_the_distance_falls_and_only_new_layers_change(layers, paths, tmp_path):
     assert len(curve) == 40 and sum(curve[-5:]) < 0.95 * sum(curve[:5])
     changed = {name for name, tensor in vit.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if is_new(name)}
+    assert not any(module.training for module in vit.modules())
     save_new_layers(vit, tmp_path / "new.safetensors")
     other = network(**layers)
     load_new_layers(other, tmp_path / "new.safetensors")
     pixels = torch.rand(1, 3, 32, 32) * 255
     assert torch.equal(outputs_of(vit)(pixels), outputs_of(other)(pixels))
+
+
+def test_distances_of_maps_weigh_channels_alike_and_those_of_few_images_do_not():
+    dense = torch.randn(2, 3, 8, 8) * torch.tensor([1.0, 10, 100])[:, None, None]
+    expected = (4 * dense.square().mean((0, 2, 3)) / dense.var((0, 2, 3))).mean()
+    torch.testing.assert_close(distance_from(dense, 3 * dense, "features"), expected)
+    pooled = dense[:, :, 0, 0]
+    expected = (4 * pooled.square().mean(0)).mean() / pooled.var(0).mean()
+    torch.testing.assert_close(distance_from(pooled, 3 * pooled, "features"), expected)
+
+
+def test_the_divergence_is_from_what_the_dense_network_says():
+    dense, found = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert float(distance_from(dense, found, "probabilities")) == pytest.approx(expected)
+
+
+def test_the_share_of_tokens_leaves_the_cls_token_out():
+    vit = network()
+    assert FeatureMatching(vit, outputs_of(vit))(torch.rand(2, 3, 32, 32) * 255)["kept"] == 0.25
+
+
+def test_an_image_is_seen_otherwise_in_every_turn_and_alike_in_every_run(paths):
+    views, again = (RandomViews(paths, ViewSettings((32, 32)), 12, lambda image: image) for _ in range(2))
+    assert len({views[index].numpy().tobytes() for index in range(12)}) == 12
+    assert all(torch.equal(views[index], again[index]) for index in range(12))
 
 
 def test_an_interrupted_run_goes_on(paths, tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ from apt_backbones import PatchLayout, score_patches, select_patches
 
 
 @st.composite
-def layouts(draw, most_prefix=0):
-    """A selection on images with smooth and busy areas, and the layout built from it."""
+def layouts(draw, most_prefix=0, drops=False):
+    """A selection on images with smooth and busy areas, some of its patches dropped if so asked, and the layout built
+    from it."""
     patch = 4
     levels = draw(st.integers(0, 2))
     sizes = tuple(patch << (level + 1) for level in range(levels))
@@ -29,6 +30,12 @@ def layouts(draw, most_prefix=0):
         sides = select_patches(score_patches(images, sizes), thresholds, patch, (height, width))
     else:
         sides = torch.full((batch, -(-height // patch), -(-width // patch)), patch)
+    layout = PatchLayout.build(sides, patch, sizes, window, prefix)
+    if not drops:
+        return layout, sides
+    kept = torch.rand(layout.num_tokens, generator=generator) < 0.6
+    kept[layout.token_BHW[:, 0, 0]] = True
+    sides = sides.where(kept[layout.token_BHW], 0)
     return PatchLayout.build(sides, patch, sizes, window, prefix), sides
 
 
@@ -96,7 +103,7 @@ def test_maps_constant_on_each_patch_survive_the_round_trip(case):
     assert torch.equal(layout.side_T[layout.token_BHW], sides)
 
 
-@given(layouts(most_prefix=2), st.integers(1, 3))
+@given(layouts(most_prefix=2, drops=True), st.integers(1, 3))
 def test_interpolated_maps_keep_the_mean_of_every_patch(case, scale):
     layout, _ = case
     tokens = torch.randn(layout.num_tokens, 3, generator=torch.Generator().manual_seed(0))
@@ -109,6 +116,17 @@ def test_interpolated_maps_keep_the_mean_of_every_patch(case, scale):
             assert torch.equal(cells[0], tokens[token])
         elif len(cells):
             torch.testing.assert_close(cells.mean(0), tokens[token], rtol=1e-4, atol=1e-5)
+
+
+@given(layouts(most_prefix=2, drops=True), st.integers(1, 3))
+def test_cells_without_a_token_do_not_count_in_interpolated_maps(case, scale):
+    layout, _ = case
+    tokens = torch.ones(layout.num_tokens, 2, requires_grad=True)
+    interpolated = layout.finer(layout.interpolate(layout.to_map(tokens)), scale)
+    has_token = layout.refine((layout.token_BHW >= 0)[:, None].float(), scale)
+    torch.testing.assert_close(interpolated, has_token.expand_as(interpolated))
+    interpolated.sum().backward()
+    assert tokens.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("sizes", [(8,), (8, 16)])
@@ -195,6 +213,12 @@ def test_dropped_cells_are_zero_or_repeat_the_token_before_them():
     assert empty.to_map(tokens)[0, 0].tolist() == [[0, 1, 0], [2, 0, 0]]
     filled = PatchLayout.build(sides, 16, fill_dropped=True)
     assert filled.to_map(tokens)[0, 0].tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_dropped_cells_never_repeat_a_prefix_token():
+    layout = PatchLayout.build(torch.tensor([[[0, 16], [16, 0]]] * 2), 16, num_prefix=1, fill_dropped=True)
+    tokens = torch.tensor([[9.0], [1], [2], [9], [3], [4]])
+    assert layout.to_map(tokens)[:, 0].tolist() == [[[1, 1], [2, 2]], [[3, 3], [4, 4]]]
 
 
 def test_cells_of_a_merged_patch_approach_their_neighbours():
