@@ -1,6 +1,7 @@
 """Classification: configs, data, training, testing and metrics, on a folder of small pictures by class."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from apt_backbones import adapt
 from apt_backbones.distance import merging_off
 from apt_backbones.images import to_tensor
 from apt_backbones.learned import load_scorer
+from apt_backbones.mm.cls import ClassesHook, ThroughputHook
 from apt_backbones.new_layers import load_new_layers
 from tests.golden import relative_error
 from tests.scripts import run_script
@@ -209,6 +211,18 @@ def test_accuracy_counts_the_best_and_the_five_best():
     assert metric.compute_metrics(metric.results) == {"top1": 50.0, "top5": 75.0}
 
 
+def test_throughput_leaves_the_first_batch_out(monkeypatch):
+    seconds = iter([0, 100, 200, 201, 300, 303])
+    monkeypatch.setattr("apt_backbones.mm.cls.now", lambda: next(seconds))
+    hook, runner, metrics = ThroughputHook(), SimpleNamespace(model=nn.Identity()), {}
+    hook.before_test_epoch(runner)
+    for count in (8, 8, 4):
+        runner.model(0)
+        hook.after_test_iter(runner, 0, outputs=[None] * count)
+    hook.after_test_epoch(runner, metrics)
+    assert metrics == {"images_per_second": 12 / 4}
+
+
 def test_data_is_normalized_as_the_model_was_trained(data):
     """augreg's ViT-B was trained on pixels from -1 to 1, MAE's on ImageNet's mean and deviation."""
     for model, mean in (("vit_base_patch16_224", 0.5), ("vit_base_patch16_224.mae", 0.485)):
@@ -225,6 +239,20 @@ def test_more_folders_than_classes_are_refused(data, weights, tmp_path):
     config = str(ROOT / "cls_configs/vit_b_16_224_apt.py")
     with pytest.raises(ValueError, match=r"has 3 folders of classes; set model.num_classes=3"):
         train.main([config, "--work-dir", str(tmp_path), "--cfg-options", *options(data, load_from=weights)])
+
+
+def test_as_many_classes_of_other_names_are_refused():
+    def loader(*classes):
+        return SimpleNamespace(dataset=SimpleNamespace(metainfo={"classes": classes}, root="val"))
+
+    vit = adapt(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2), {32: 5.0})
+    runner, hook = SimpleNamespace(model=vit, train_dataloader=loader("cat", "dog")), ClassesHook()
+    hook.before_train(runner)
+    runner.val_dataloader = loader("cat", "dog")
+    hook.before_val(runner)
+    runner.val_dataloader = loader("cat", "owl")
+    with pytest.raises(ValueError, match=r"val has other classes .* differ in dog, owl"):
+        hook.before_val(runner)
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -92,23 +92,23 @@ def test_a_map_of_one_row_has_all_levels():
 
 @pytest.mark.parametrize("class_agnostic", [False, True])
 def test_masks_can_be_ranked_by_maskness(class_agnostic):
-    # Two masks for class 1: probabilities above one half are 0.8 everywhere, and 0.6 on one of four pixels.
+    # Three masks for class 1: probabilities above one half are 0.8 everywhere, 0.6 on one of four pixels, and nowhere.
     options = dict(maskness=True, num_classes=2, class_agnostic=class_agnostic)
     head = MODELS.build(dict(type="MasknessMaskHead", **options))
     logit = torch.tensor([0.8, 0.6, 0.3]).logit()
-    logits = torch.full((2, 2, 2, 2), float(logit[2]))
+    logits = torch.full((3, 2, 2, 2), float(logit[2]))
     logits[0, 1], logits[1, 1, 0, 0] = logit[0], logit[1]
     logits = logits[:, 1:] if class_agnostic else logits
     results = InstanceData(
-        bboxes=torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 8]]),
-        scores=torch.tensor([0.5, 1.0]),
-        labels=torch.tensor([1, 1]),
+        bboxes=torch.tensor([[0.0, 0, 8, 8]] * 3),
+        scores=torch.tensor([0.5, 1.0, 0.9]),
+        labels=torch.tensor([1, 1, 1]),
     )
     meta = dict(ori_shape=(8, 8), scale_factor=(1.0, 1.0))
     test_cfg = Config(dict(mask_thr_binary=0.5))
     (results,) = head.predict_by_feat([logits], [results], [meta], test_cfg)
-    torch.testing.assert_close(results.mask_scores, torch.tensor([0.5 * 0.8, 1.0 * 0.6]))
-    torch.testing.assert_close(results.scores, torch.tensor([0.5, 1.0]), msg="boxes keep their scores")
+    torch.testing.assert_close(results.mask_scores, torch.tensor([0.5 * 0.8, 1.0 * 0.6, 0]))
+    torch.testing.assert_close(results.scores, torch.tensor([0.5, 1.0, 0.9]), msg="boxes keep their scores")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

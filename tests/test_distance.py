@@ -47,6 +47,8 @@ def test_errors_of_some_cells_and_the_heat_map_hang_together(trunk, images):
     assert error.heat().shape == (2, 8, 8)
     assert error.heat()[merged].mean() > error.heat()[~merged].mean() > 0
     assert error.relative(merged) > error.relative() > error.relative(~merged)
+    alone = feature_distance(trunk, images[1:])
+    torch.testing.assert_close(alone.heat(), error.heat()[1:], atol=0, rtol=1e-4)
 
 
 def test_dense_features_leave_the_trunk_adaptive(trunk, images):

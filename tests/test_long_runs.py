@@ -384,6 +384,16 @@ def test_augmentation_depends_on_the_place_in_the_run_alone():
     assert not torch.equal(again[again[:, 0].argsort()][:, 1:], whole[:10][whole[:10, 0].argsort()][:, 1:])
 
 
+def test_every_epoch_and_every_process_augments_otherwise(monkeypatch):
+    dataset = GuardedDataset(Draws(), seed=3)
+    sampler = PositionSampler(dict(type="DefaultSampler", shuffle=False), dataset, seed=5)
+    sampler.set_epoch(2)
+    assert list(sampler) == [(index, 20 + index) for index in range(10)]
+    first = dataset[0, 20]
+    monkeypatch.setattr("apt_backbones.mm.data.get_rank", lambda: 1)
+    assert (dataset[0, 20] != first)[1:].all()
+
+
 class Photos(Dataset):
     """A data set of mmdet's kind: a pipeline, and what is known of an image before it is loaded."""
 
@@ -499,19 +509,20 @@ def test_mutated_checkpoints_are_read_or_refused(tmp_path):
 
 def test_data_that_are_normalized_otherwise_than_the_trunk_undoes_are_refused():
     class Host(nn.Module):
-        def __init__(self, mean):
+        def __init__(self, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)):
             super().__init__()
-            std = [58.395, 57.12, 57.375]
             self.data_preprocessor = MODELS.build(dict(type="ImgDataPreprocessor", mean=mean, std=std))
             self.backbone = MODELS.build(
                 dict(type="APTEva02", img_size=32, embed_dim=24, depth=1, num_heads=2, thresholds={32: 5.0})
             )
 
-    check_normalization(Host([123.675, 116.28, 103.53]))
-    other = Host([127.5, 127.5, 127.5])
+    check_normalization(Host())
+    other = Host(mean=[127.5] * 3)
     for model in (other, nn.ModuleDict({"module": other})):  # alone, and as test-time augmentation wraps it
         with pytest.raises(ValueError, match=r"normalizes by \[127\.5.*pixel_mean"):
             check_normalization(model)
+    with pytest.raises(ValueError, match=r"normalizes by \[127\.5.*undoes \[58\.395"):
+        check_normalization(Host(std=[127.5] * 3))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ def test_losses_are_divergences():
     apart = torch.eye(4).view(1, 4, 2, 2)
     assert float(merging_losses(same, (2,))[0]) == pytest.approx(0, abs=1e-6)
     assert float(merging_losses(apart, (2,))[0]) == pytest.approx(torch.tensor(4.0).log().item())
+    alike = torch.rand(4, 21, 1, 1).softmax(1).expand(-1, -1, 8, 8)
+    assert all((loss >= 0).all() for loss in merging_losses(alike, (2, 4, 8))), "whatever rounding does"
 
 
 def test_an_output_of_any_resolution_is_averaged_over_cells():

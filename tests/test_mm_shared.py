@@ -153,11 +153,12 @@ def test_learning_rates_and_weight_decay(decay_all):
 
 
 def test_tokens_of_content_and_padding_are_counted_apart():
-    # 4 x 4 cells of 8 px; the upper left quarter is one patch of 16 px. Image 1 ends after 17 rows and 16 columns.
+    # 4 x 4 cells of 8 px; the upper left quarter is one patch of 16 px. Image 1 ends within its third row and second
+    # column.
     sides = torch.full((2, 4, 4), 8)
     sides[:, :2, :2] = 16
     layout = PatchLayout.build(sides, patch_size=8, sizes=(16,))
-    counts = count_tokens(layout, [(32, 32), (17, 16)])
+    counts = count_tokens(layout, [(32, 32), (17, 15)])
     assert counts.tolist() == [[13, 16, 0, 0], [3, 6, 10, 10]]
     assert token_shares(counts) == {
         "tokens": 13,
