@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt_backbones import APTEva02, convert_eva02, freeze_host, load_converted
+from apt_backbones import APTEva02, PatchLayout, convert_eva02, freeze_host, load_converted
 from apt_backbones.block import _keep
+from apt_backbones.rotary import rotary_table
+from apt_backbones.selection import normalize, undo_normalization
 from tests.golden import load_golden, relative_error
 
 TINY = dict(img_size=128, embed_dim=48, depth=4, num_heads=3, pretrain_img_size=64)
@@ -164,6 +166,26 @@ def test_dropping_padding_removes_only_patches_without_content(merge):
     assert counts["drop"] < counts["coarsest"]
 
 
+def test_a_patch_that_reaches_into_padding_is_kept_whole():
+    model = tiny(padding="drop", thresholds={32: math.inf})
+    images = F.pad(pictures(1, 128, 40), (0, 88))  # two and a half cells
+    assert model.select(images)[0, 0].tolist() == [32] * 4 + [0] * 4
+
+
+def test_content_is_told_from_padding_by_any_channel():
+    pixels = torch.tensor([128.0, 40, 40])[:, None, None].expand(1, 3, 32, 32)
+    mean = (128.0, 116.28, 103.53)  # red is zero after normalization
+    images = F.pad(normalize(pixels, mean, STD.tolist()), (0, 32))
+    assert tiny(padding="drop", pixel_mean=mean).select(images)[0, 0].tolist() == [16, 16, 0, 0]
+
+
+def test_random_keeps_no_cell_of_padding_and_as_many_as_there_are_patches():
+    images = F.pad(pictures(1, 128, 56), (0, 72))
+    options = dict(padding="drop", thresholds={32: 4.0}, **WINDOWS)
+    apt, random = (tiny(merge=merge, **options).layout(images) for merge in ("apt", "random"))
+    assert random.num_patches == apt.num_patches and random.column_T.max() < 4
+
+
 def test_an_image_of_nothing_but_padding_keeps_one_token():
     model = tiny(padding="drop", thresholds={32: 4.0})
     assert model(torch.zeros(2, 3, 64, 64))[0].isfinite().all()
@@ -179,6 +201,8 @@ def test_larger_images_interpolate_positions():
         )
     torch.testing.assert_close(side, expected, atol=1e-6, rtol=0)
     assert model(torch.randn(1, 3, 100, 192))[0].shape == (1, 48, 7, 12)
+    layout = PatchLayout.dense(1, (7, 12), 16)
+    assert torch.equal(model.rotations(layout)[0], rotary_table(layout, 16, length=12))
 
 
 def test_images_smaller_than_a_patch_are_padded_with_zeros():
@@ -191,12 +215,22 @@ def test_images_smaller_than_a_patch_are_padded_with_zeros():
 
 def test_selection_does_not_depend_on_float_error():
     """Normalising in another order moves pixels by 1e-5; they are rounded back before they are scored."""
-    model = tiny(thresholds={32: 5.0})
-    pixels = torch.randint(0, 256, (1, 3, 64, 64)).float() // 8 * 8
-    once = (pixels - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
+    pixels = torch.arange(256.0).expand(1, 3, 1, 256)
+    once = normalize(pixels, MEAN.tolist(), STD.tolist())
     again = pixels * (1 / STD.view(3, 1, 1)) - (MEAN / STD).view(3, 1, 1)
     assert not torch.equal(once, again)
-    assert torch.equal(model.layout(once).side_T, model.layout(again).side_T)
+    for images in (once, again):
+        assert torch.equal(undo_normalization(images, MEAN.tolist(), STD.tolist()), pixels)
+
+
+def test_float32_images_are_scored_before_a_half_precision_model_rounds_them():
+    """Of 55 grey values bfloat16 leaves 35 apart."""
+    pixels = torch.randint(200, 255, (1, 1, 64, 64)).expand(1, 3, 64, 64)
+    model = tiny(thresholds={32: 5.4}, pixel_mean=[0.0] * 3, pixel_std=[100.0] * 3)
+    images = pixels / 100
+    assert model.layout(images).num_patches == (16,) and model.layout(images.bfloat16()).num_patches == (4,)
+    model.bfloat16()(images)
+    assert model.last_layout.num_patches == (16,)
 
 
 def test_training_with_checkpointing_gives_the_same_gradients():
@@ -212,8 +246,8 @@ def test_training_with_checkpointing_gives_the_same_gradients():
 
 def test_a_model_that_ran_in_inference_mode_can_still_train():
     images = pictures(1, 112, 96)  # a size that no other test uses: layouts are kept per size
-    for thresholds in (None, {32: 6.0}):
-        model = tiny(thresholds=thresholds, **WINDOWS)
+    for options in ({}, dict(thresholds={32: 6.0}), dict(thresholds={32: 6.0}, map_fill="interpolate", map_scale=2)):
+        model = tiny(**options, **WINDOWS)
         with torch.inference_mode():
             model(images)
         model(images)[0].sum().backward()
@@ -250,12 +284,14 @@ def test_freezing_leaves_only_the_new_layers_trainable_and_the_host_in_eval_mode
         freeze_host(tiny())
 
 
-def test_drop_path_drops_whole_images():
-    model = tiny(drop_path_rate=0.5).train()
-    layout = model.layout(pictures(64, 32, 32))
+def test_drop_path_drops_whole_images_and_keeps_as_many_as_it_says():
+    model = tiny(drop_path_rate=0.25).train()
+    layout = model.layout(pictures(400, 32, 32))
     keep_T1 = _keep(model.blocks[-1].drop_path1, layout, torch.float32)
-    per_image = torch.stack([part.unique() for part in layout.split(keep_T1)])
-    assert set(per_image.flatten().tolist()) == {0.0, 2.0}
+    keep_B1 = torch.stack([part.unique() for part in layout.split(keep_T1)])
+    values, counts = keep_B1.unique(return_counts=True)
+    assert keep_B1.shape == (400, 1) and values.tolist() == pytest.approx([0, 1 / 0.75])
+    assert 270 < counts[1] < 330
 
 
 def test_random_drops_as_many_tokens_as_apt_merges_away():
@@ -296,12 +332,14 @@ def test_a_forward_waits_for_the_gpu_once_and_equals_the_cpu(merge, options):
     "options, message",
     [
         (dict(window_size=3, thresholds={32: 1.0}), r"window side of 3 cells \(48 pixels\).*largest patch, 32 pixels"),
+        (dict(window_size=-2, thresholds={32: 1.0}), "window side of -2 cells"),
         (dict(thresholds={64: 1.0}), r"must be \[32\]"),
         (dict(thresholds={32: math.nan}), "nan"),
         (dict(scorer="variance"), "entropy, laplacian, upsample_mse"),
         (dict(merge="mean", thresholds={32: 1.0}), r"apt, .*resizing, random"),
         (dict(rope_position="middle"), "center, corner"),
         (dict(padding="keep"), "coarsest, drop"),
+        (dict(map_fill="interpolate", map_scale=0), "map_scale=.* at least 1"),
         (dict(attention_backend="xformers"), "flash, varlen, sdpa"),
         (dict(global_blocks=(4,)), r"global_blocks \(4,\) name blocks outside 0..3"),
         (dict(out_indices=(7,)), "out_indices"),
@@ -320,10 +358,11 @@ def test_arguments_that_do_not_fit_are_refused(options, message):
         (torch.full((1, 3, 32, 32), math.nan), ValueError, r"images \[0\].*NaN or infinite"),
     ],
 )
-def test_bad_images_are_refused(images, error, message):
+@pytest.mark.parametrize("merge", ["apt", "random"])
+def test_bad_images_are_refused(images, error, message, merge):
     """As score_patches refuses them (tests/test_scores.py), and those that are not finite by their index."""
     with pytest.raises(error, match=message):
-        tiny(thresholds={32: 5.0})(images)
+        tiny(thresholds={32: 5.0}, merge=merge)(images)
 
 
 def padded_and_masked(model, images):

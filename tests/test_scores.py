@@ -86,6 +86,11 @@ def test_scoring_leaves_the_images_alone():
     assert torch.equal(images, before)
 
 
+def test_scoring_takes_images_that_need_gradients():
+    images = (torch.rand(1, 3, 32, 32) * 255).requires_grad_()
+    assert not score_patches(images, (32,))[32].requires_grad
+
+
 def test_selection_prefers_the_largest_size_and_covers_every_cell():
     images = torch.zeros(1, 3, 100, 140)
     sides = select_patches(score_patches(images, (32, 64)), {32: 1.0, 64: 1.0}, 16, (100, 140))[0]
@@ -95,10 +100,12 @@ def test_selection_prefers_the_largest_size_and_covers_every_cell():
     assert torch.equal(sides, expected)
 
 
+@pytest.mark.parametrize("size", [28, 32])  # the logarithm of 28 * 28 is rounded, that of 32 * 32 is not
 @pytest.mark.parametrize("threshold", [0.0, -1.0])
-def test_a_threshold_of_zero_or_less_merges_nothing(threshold):
-    sides = select_patches(score_patches(torch.zeros(1, 3, 64, 64), (32,)), {32: threshold}, 16, (64, 64))
-    assert (sides == 16).all()
+def test_a_threshold_of_zero_or_less_merges_nothing(threshold, size):
+    scores = score_patches(torch.zeros(1, 3, 2 * size, 2 * size), (size,))
+    sides = select_patches(scores, {size: threshold}, size // 2, (2 * size, 2 * size))
+    assert (sides == size // 2).all()
 
 
 @pytest.mark.parametrize("scorer", list(SCORERS))
