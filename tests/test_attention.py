@@ -65,6 +65,7 @@ def strict_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k):
     """Stands for ``torch.nn.attention.varlen.varlen_attn``: refuses what it would silently get wrong."""
     for x in (q, k, v):
         assert x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[-1] % 8 == 0
+    assert max_q == max_k == cu_seqlens_q.diff().max()
     return masked_dense(q, k, v, cu_seqlens_q.diff().tolist())
 
 
@@ -73,7 +74,7 @@ def strict_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k):
 def test_kernels_get_the_inputs_that_they_can_read(monkeypatch, head_dim, strided):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", strict_kernel)
     monkeypatch.setattr(attention, "_why_not", lambda *_: None)
-    lengths = (5, 3, 5)
+    lengths = (3, 5, 5)
     q, k, v, segments = packed(lengths, head_dim=head_dim)
     if strided:
         q, k, v = torch.randn(13, 3, 3 * head_dim, requires_grad=True).split(head_dim, dim=-1)

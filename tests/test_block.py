@@ -9,11 +9,12 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from timm.layers import SwiGLU
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from apt_backbones import freeze_host
-from apt_backbones.block import Call, FusedBlock, run_block
+from apt_backbones.block import Call, FusedBlock, _mlp, run_block
 from apt_backbones.fused import FusedLinears
 from benchmarks.clock import saved_bytes
 from tests.golden import relative_error
@@ -151,6 +152,15 @@ def test_a_frozen_block_stores_no_inputs_of_its_weights(options):
     expected = layout.num_tokens * (4 * (6 * 48 + 2 * hidden) + statistics)
     measured = saved_bytes(forward, block) - rotation.nbytes
     assert expected * 0.95 <= measured <= expected * 1.05
+
+
+def test_dropout_within_an_mlp_is_the_same_in_both_passes():
+    mlp, x = SwiGLU(8, 16, drop=0.5).train(), torch.randn(5, 8, requires_grad=True)
+    gradients = []
+    for run in (mlp, lambda x: _mlp(mlp, x, None)):
+        torch.manual_seed(0)
+        gradients += torch.autograd.grad(run(x).sum(), x)
+    assert torch.equal(*gradients)
 
 
 def test_the_short_fine_tune_stores_less_than_full_fine_tuning():
@@ -314,6 +324,12 @@ def test_blocks_in_wrappers_whose_work_would_be_passed_by_are_refused(wrap):
     model.blocks[1] = wrap(model.blocks[1])
     with pytest.raises(TypeError, match=r"wrapped in .*use compile_blocks\(\) .* set_grad_checkpointing"):
         model(pictures(1, 128, 80))
+
+
+def test_a_trunk_that_was_given_more_blocks_runs_them_once_it_was_moved():
+    model, deeper, images = tiny(depth=2), tiny(depth=4), pictures(1, 64, 64)
+    model.blocks, deeper.patch_embed, deeper.pos_embed = deeper.blocks, model.patch_embed, model.pos_embed
+    assert torch.equal(model.to("cpu").feature_maps(images, [3])[0], deeper.feature_maps(images, [3])[0])
 
 
 def test_a_model_built_without_memory_equals_the_original():

@@ -1,9 +1,16 @@
-"""Rotary positions at patch centers and corners, in image and in window coordinates."""
+"""Rotary positions at patch centers and corners, in image and in window coordinates; and timm's of every kind."""
 
+from itertools import product
+
+import pytest
 import torch
-from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, apply_rot_embed_cat
 
 from apt_backbones import PatchLayout, apply_rotary, rotary_table
+from apt_backbones.backbones.timm_rotary import rotation_angles
+from apt_backbones.rotary import token_positions
+
+OFFSETS, ORDERS = (0.0, 0.25), ("ij", "xy")
 
 
 def test_equals_timm_without_merging():
@@ -15,6 +22,34 @@ def test_equals_timm_without_merging():
     table = timm_rope.get_embed().view(8, 8, -1)[:height, :width].flatten(0, 1)
     theirs = apply_rot_embed_cat(x.transpose(0, 1)[None], table)[0].transpose(0, 1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def assert_angles_are_timms(rope, half):
+    grid = (3, 5)
+    torch.manual_seed(0)
+    expected = rope.get_embed(grid)
+    torch.manual_seed(0)
+    found = rotation_angles(rope, token_positions(PatchLayout.dense(1, grid, 16)), grid)[:, 0]
+    for timms, ours in zip(expected.chunk(2, -1), (found.sin(), found.cos())):
+        timms = timms[:, : ours.shape[1]] if half else timms[:, ::2]
+        torch.testing.assert_close(ours, timms, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("offset, order, reference", product(OFFSETS, ORDERS, (None, [4, 7])))
+def test_angles_of_cat_rotations_are_timms(offset, order, reference):
+    rope = RotaryEmbeddingCat(16, in_pixels=False, ref_feat_shape=reference, grid_offset=offset, grid_indexing=order)
+    assert_angles_are_timms(rope, half=False)
+
+
+@pytest.mark.parametrize("offset, order, over", product(OFFSETS, ORDERS, ("max", "min", "separate")))
+def test_angles_of_dinov3_are_timms(offset, order, over):
+    rope = RotaryEmbeddingDinoV3(16, grid_offset=offset, grid_indexing=order, normalize_coords=over)
+    assert_angles_are_timms(rope, half=True)
+
+
+def test_positions_are_augmented_in_training_as_timm_does_it():
+    rope = RotaryEmbeddingDinoV3(16, shift_coords=0.5, jitter_coords=1.5, rescale_coords=2.0).train()
+    assert_angles_are_timms(rope, half=True)
 
 
 def angles(layout, **options):

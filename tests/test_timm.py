@@ -74,6 +74,16 @@ def test_equals_timm_when_nothing_merges(name, grid):
         assert relative_error(own, timms) <= 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(num_kv_heads=2)])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_separate_projections_equal_timms(options, freeze):
+    model = build("vit_small_patch16_rope_224", qkv_fused=False, attn_type="rope", **options)
+    images = pictures(model.requires_grad_(not freeze), 2, 9, 6)
+    expected = model(images)
+    assert relative_error(adapt(model, {32: 0.0})(images), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merges_each_image_for_itself(name):
     model = build(name)
@@ -250,8 +260,9 @@ def test_without_positions_there_is_no_dropout_of_them():
     torch.testing.assert_close(model(images), adapt(model, {32: 0.0})(images))
 
 
-def test_without_prefix_tokens_there_are_maps_and_no_pooled_features():
-    model = adapt(build("vit_small_patch14_reg4_dinov2"), {28: 3.0}, keep_prefix=False)
+@pytest.mark.parametrize("thresholds", [{28: 3.0}, None])
+def test_without_prefix_tokens_there_are_maps_and_no_pooled_features(thresholds):
+    model = adapt(build("vit_small_patch14_reg4_dinov2"), thresholds, keep_prefix=False)
     images = pictures(model, 1, 6, 8)
     assert model.forward_intermediates(images, intermediates_only=True)[0].shape == (1, 384, 6, 8)
     with pytest.raises(ValueError, match="keep_prefix=False is for feature maps"):
