@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from apt_backbones.calibrate import calibrate_thresholds, kept_shares, score_map
 from benchmarks import tokens_kept
 from tests.golden import load_golden
 from tests.scripts import ROOT, run_script
+from tools.calibrate import mean_share, try_splits
 from tools.patch_settings import settings_of
 
 PHOTOS = [v.permute(2, 0, 1)[None].float() for k, v in load_golden("patch_scores").arrays.items() if "image/" in k]
@@ -36,6 +38,12 @@ def test_the_budget_is_met_by_the_model_s_own_layout(score_maps, keep, ratios):
         cells += sides.numel()
     assert keep - 0.02 < tokens / cells <= keep
     assert [thresholds[size] / thresholds[16] for size in SIZES] == pytest.approx(ratios or (1, 1, 1), abs=1e-3)
+
+
+def test_a_budget_of_whole_patches_takes_no_patch_more():
+    """(1 - 0.7) * 40 is a little more than 12, four patches' savings, in floating point."""
+    maps = {16: torch.zeros(1, 4, 10), 32: torch.arange(10.0).view(1, 2, 5)}
+    assert calibrate_thresholds([maps], 16, 0.7) == {32: 3.0001}
 
 
 def test_a_size_whose_ratio_is_zero_is_not_used(score_maps):
@@ -68,6 +76,11 @@ def test_shares_count_the_tokens_of_every_image(score_maps):
     for photo, share in zip(PHOTOS, kept_shares(score_maps, thresholds, 8)):
         sides = select_patches(score_patches(photo, SIZES), thresholds, 8, photo.shape[2:])
         assert float(share) == pytest.approx(PatchLayout.build(sides, 8, SIZES).num_tokens / sides.numel())
+
+
+def test_the_mean_share_is_of_all_cells_not_of_images():
+    small, large = ({16: torch.zeros(1, 2 * n, 2 * n), 32: torch.full((1, n, n), float(n))} for n in (1, 2))
+    assert mean_share([small, large], {32: 1.5}, 16) == pytest.approx((1 + 16) / 20)
 
 
 @pytest.mark.parametrize("scorer", ["laplacian", "upsample_mse"])
@@ -161,6 +174,17 @@ def test_the_split_with_the_least_feature_distance_is_taken(folder, monkeypatch,
     best = re.search(r"│ ([\d. :]+?)(?: \(as given\))? +│", printed)[1].split(" : ")
     run_script(monkeypatch, TOOL, *budget, "--ratios", *best)
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1]
+
+
+def test_splits_are_compared_on_content_without_padding(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    content, asked = torch.ones(1, 2, 2, dtype=torch.bool), []
+    error = SimpleNamespace(relative=lambda cells=None: asked.append(cells) or 0.0)
+    model = SimpleNamespace(trunk=SimpleNamespace(thresholds={32: 1.0}, patch_size=16), features=lambda crops: None)
+    model.crops, model.error = lambda image: SimpleNamespace(content_BHW=content), lambda crops, dense: error
+    maps = [{16: torch.zeros(1, 2, 2), 32: torch.zeros(1, 1, 1)}]
+    try_splits(model, [tmp_path / "0.png"], maps, 0.5, [1.0])
+    assert asked and all(cells is content for cells in asked)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ def test_a_batch_that_is_not_full_counts_as_it_is(tested):
     assert result.speed == 6 and result.metrics == {"box mAP": 60.0}
 
 
+def test_a_metric_of_nothing_is_shown_and_one_that_was_not_measured_is_not():
+    assert compare.metrics_of({"coco/bbox_mAP": 0.0, "coco/bbox_mAP_s": -1.0, "lr": 0.1}) == {"box mAP": 0.0}
+
+
 def test_metrics_of_other_tasks_are_shown_as_they_are(tmp_path):
     write(
         tmp_path / "1" / "1.json", {"accuracy/top1": 71.0, "time": 0.1, "images_per_batch": 1, "padding_kept_max": 1.0}

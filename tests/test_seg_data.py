@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
@@ -173,6 +174,16 @@ def test_positions_of_another_crop_size_are_resampled_with_a_message(load_into, 
     assert torch.allclose(row + row.flip(0), torch.full((8,), 3.0)) and (row.diff() > 0).all()
     assert torch.equal(large.backbone.blocks[0].attn.q_proj.weight, small.backbone.blocks[0].attn.q_proj.weight)
     assert weights["backbone.pos_embed"].shape[1] == 17  # the caller's weights stay as they were
+
+
+@torch.no_grad()
+def test_positions_of_a_larger_crop_are_resampled_as_the_trunk_does_it():
+    """Without antialiasing, which matters where there are fewer than before."""
+    large, small = build(size=128), build(size=64)
+    load_converted(small, large.state_dict())
+    cells = large.backbone.pos_embed[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    expected = F.interpolate(cells, (4, 4), mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(small.backbone.pos_embed[:, 1:], expected)
 
 
 @pytest.mark.parametrize("load_into", LOADERS.values(), ids=LOADERS)

@@ -176,9 +176,10 @@ def test_patches_that_do_not_merge_are_read_as_without():
 
 
 @torch.no_grad()
-def test_an_image_too_small_for_a_pyramid_of_large_patches_is_read_on_a_finer_grid():
+@pytest.mark.parametrize("height, width", [(64, 64), (64, 256), (256, 64)])
+def test_an_image_too_small_for_a_pyramid_of_large_patches_is_read_on_a_finer_grid(height, width):
     model, plain = (read_at_own_resolution(float("inf"), own) for own in (True, False))
-    images = torch.randn(1, 3, 64, 64)  # one patch of 64 pixels, and the coarsest map has half as many cells
+    images = torch.randn(1, 3, height, width)  # a side of one patch of 64 pixels; the coarsest map has half as many
     assert torch.equal(logits_of(model, images), logits_of(plain, images))
 
 
@@ -241,6 +242,8 @@ def test_the_token_budget_decides_how_many_crops_go_together():
     apt = build(size=64, patch=8, thresholds={16: 4.0}, pixel_mean=[128] * 3, test_cfg=dense.test_cfg)
     merged = token_counts(apt, images)
     assert max(merged) <= 200 and len(merged) < 3, merged
+    dense.test_cfg.token_budget = 7 * 64
+    assert token_counts(dense, images) == [6 * 65, 65], "CLS tokens count"
     dense.test_cfg.token_budget = None
     assert token_counts(dense, images) == [7 * 65]
 

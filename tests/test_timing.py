@@ -26,17 +26,19 @@ class Clock:
 
 
 class Model(nn.Module):
-    """Takes as many seconds per image as it has tokens, and on some occasions ten times as many."""
+    """Takes as many seconds per image as it has tokens, and on some occasions ten times as many; with every round of an
+    image so many times as in the one before."""
 
-    def __init__(self, trunk, clock, disturbed=()):
+    def __init__(self, trunk, clock, disturbed=(), slower=1):
         super().__init__()
-        self.trunk, self.clock, self.disturbed, self.calls = trunk, clock, disturbed, 0
+        self.trunk, self.clock, self.disturbed, self.slower, self.calls = trunk, clock, disturbed, slower, 0
 
     def data_preprocessor(self, batch, training):
         return {"inputs": batch[0][None]}
 
     def test_step(self, batch):
         factor = 10 if self.calls in self.disturbed else 1
+        factor *= self.slower ** (self.calls % (mm_runs.TIMED_ROUNDS + 1))
         self.calls += 1
         self.clock.seconds += factor * self.trunk.layout(batch[0][None]).num_tokens
 
@@ -54,11 +56,12 @@ def runner_of(images, thresholds, clock, **options):
     return SimpleNamespace(model=Model(trunk, clock, **options), test_dataloader=loader)
 
 
-def times(monkeypatch, images, timed, **options):
+def times(monkeypatch, images, timed, of_merging=None, **options):
     clock = Clock()
     monkeypatch.setattr(mm_runs, "now", clock)
     monkeypatch.setattr(mm_runs, "TIMED_IMAGES", timed)
-    runners = {"dense": runner_of(images, None, clock, **options), "merging": runner_of(images, {32: 1.0}, clock)}
+    merging = runner_of(images, {32: 1.0}, clock, **(of_merging or {}))
+    runners = {"dense": runner_of(images, None, clock, **options), "merging": merging}
     return mm_runs.time_interleaved(runners)
 
 
@@ -75,6 +78,26 @@ def test_all_images_are_timed_if_they_are_few(monkeypatch, images):
 def test_a_disturbance_does_not_count(monkeypatch, images):
     """Of the rounds the median counts; the first, which warms up, does not."""
     assert times(monkeypatch, images, timed=4, disturbed=(0, 2, 5, 11))["dense"] == 65
+
+
+def test_a_machine_that_becomes_slower_and_is_disturbed_changes_no_ratio(monkeypatch, images):
+    merging = dict(slower=2, disturbed=(2, 6, 10, 14))  # a round of every image
+    found = times(monkeypatch, images[:4], timed=4, slower=2, of_merging=merging)
+    assert found["merging"] / found["dense"] == pytest.approx(17 / 65)
+
+
+def test_models_that_share_their_weights_are_set_up_before_they_are_counted_and_timed(monkeypatch, images):
+    clock = Clock()
+    monkeypatch.setattr(mm_runs, "now", clock)
+    monkeypatch.setattr(mm_runs, "TIMED_IMAGES", 4)
+    runner = runner_of(images, {32: 1.0}, clock)
+
+    def set_up(title):
+        runner.model.trunk.thresholds = {32: 1.0} if title == "merging" else {}
+
+    set_up("dense")
+    found = mm_runs.time_interleaved({"dense": runner, "merging": runner}, set_up)
+    assert found == {"dense": 65, "merging": (3 * 17 + 65) / 4}
 
 
 def test_the_choice_suits_every_model():
