@@ -87,8 +87,15 @@ def test_the_share_of_tokens_leaves_the_cls_token_out():
 
 
 def test_an_image_is_seen_otherwise_in_every_turn_and_alike_in_every_run(paths):
-    views, again = (RandomViews(paths, ViewSettings((32, 32)), 12, lambda image: image) for _ in range(2))
+    seen = []
+
+    def prepare(image):
+        seen.append(image.tobytes())
+        return image
+
+    views, again = (RandomViews(paths, ViewSettings((32, 32)), 12, prepare) for _ in range(2))
     assert len({views[index].numpy().tobytes() for index in range(12)}) == 12
+    assert all(len(set(seen[turn : turn + 4])) == 4 for turn in (0, 4, 8)) and seen[:4] != seen[4:8]
     assert all(torch.equal(views[index], again[index]) for index in range(12))
 
 

@@ -21,7 +21,7 @@ from apt_backbones.freeze import is_new
 from llava_apt import LlavaAptForConditionalGeneration, LlavaAptProcessor, load_new_layers
 from llava_apt.finetune import LlavaTrainer, make_trainable, parser, training_arguments
 
-from .llava_tiny import IMAGE, PROMPT, finetune_options, photo
+from .llava_tiny import CELLS, IMAGE, PROMPT, finetune_options, load_adapted, photo
 from .llava_tiny import run_finetune as run
 from .scripts import wait_for
 
@@ -59,7 +59,15 @@ def test_tokens_per_image_are_logged(finished):
     counts = [entry["tokens_per_image"] for entry in log_of(finished / "checkpoint-6") if "loss" in entry]
     inputs = LlavaAptProcessor.from_pretrained(finished)(images=photo(size=(120, 90)), text=PROMPT)
     image_tokens = inputs["input_ids"][0].count(IMAGE)
-    assert len(counts) == 6 and set(counts) == {0, image_tokens} and image_tokens < 64
+    assert len(counts) == 6 and set(counts) == {0, image_tokens} and image_tokens < CELLS
+
+
+def test_of_repeated_tokens_there_are_as_many_as_cells(task, tmp_path):
+    for part in load_adapted(task / "model", image_tokens="repeated", thresholds={28: 2}):
+        part.save_pretrained(tmp_path / "model")
+    run(task, tmp_path / "run", "--model", tmp_path / "model", "--max_steps", "2")
+    counts = [entry["tokens_per_image"] for entry in log_of(tmp_path / "run" / "checkpoint-2") if "loss" in entry]
+    assert len(counts) == 2 and set(counts) <= {0, CELLS} and any(counts)
 
 
 def test_samples_of_a_whole_step_are_sorted_together():
