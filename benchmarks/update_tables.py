@@ -55,7 +55,8 @@ OWN_TESTS = (
     ("text on receipts, linear head, mIoU", "receipts_seg", "mIoU", None),
     ("text on receipts, UperNet, mIoU", "receipts_upernet", "mIoU", None),
     ("blood cells, boxes of a small detector, mAP", "bccd_det", "box mAP", None),
-    ("COCO's persons, boxes of a small detector, mAP", "persons_det", "box mAP", None),
+    ("COCO's persons, boxes of a small detector, 308 pixels, mAP", "persons_308_det", "box mAP", None),
+    ("the same, 448 pixels, more than suits it", "persons_det", "box mAP", None),
 )
 # Rows of the table of speeds: what it is, its file in docs/benchmarks/cpu, what was timed, and the modes without
 # merging, at 70 % and at 50 % of the tokens.

@@ -46,6 +46,7 @@ SUBSTITUTIONS = (
     ("iter_4000.pth", "iter_1.pth"),
     ("iter_400.pth", "iter_1.pth"),
     ("iter_160.pth", "iter_1.pth"),
+    ("iter_320.pth", "iter_1.pth"),
     ("iter_640.pth", "iter_1.pth"),
     ("iter_960.pth", "iter_1.pth"),
     # Original checkpoints are networks of their own small size here; what follows starts from shipped weights.
@@ -180,8 +181,9 @@ def fill(folder: Path) -> None:
     ):
         with open(folder / f"{task}_configs/dinov2_s_{name}.py", "a") as config:
             config.write(_SMALL + _ONE_STEP)
-    with open(folder / "det_configs/dinov2_s_heads_nuclei.py", "a") as config:
-        config.write(_ONE_STEP)
+    for name in ("nuclei", "persons"):
+        with open(folder / f"det_configs/dinov2_s_heads_{name}.py", "a") as config:
+            config.write(_ONE_STEP)
     (folder / "checkpoints").mkdir()
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
         weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
