@@ -183,7 +183,7 @@ def fill(folder: Path) -> None:
             config.write(_SMALL + _ONE_STEP)
     for name in ("nuclei", "persons"):
         with open(folder / f"det_configs/dinov2_s_heads_{name}.py", "a") as config:
-            config.write(_ONE_STEP)
+            config.write(_ONE_STEP + f'load_from = "work_dirs/det/dinov2_s_dense_{name}/iter_1.pth"\n')
     (folder / "checkpoints").mkdir()
     for task, name in (("det", "eva02_l_det_1536.safetensors"), ("seg", "eva02_l_seg_512.pth")):
         weights = folder / f"{task}_configs/checkpoints/eva02_tiny_dense_photoshapes.safetensors"
