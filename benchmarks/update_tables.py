@@ -138,18 +138,14 @@ def headline() -> str:
             if (line["scorer"], line["image"], line["fill"]) == ("learned", image, fill) and line.get("adapters", True)
         ]
         best = min(learned, key=lambda of: abs(of["tokens"] / tokens - 2 / 3))
-        fills = {of["fill"] for of in entropy} & {"repeat", "interpolate", fill}
-        other_fill = fill if fill in fills else max(fills, key=list(FILLS).index)
-        points = [(of["tokens"] / tokens, of["gain"]) for of in entropy if of["fill"] == other_fill]
+        points = [(of["tokens"] / tokens, of["gain"]) for of in _filled(entropy, fill)]
         dense = [
             line
             for line in results
             if (line["method"], line["image"], line.get("split", "test")) == ("dense", image, "test")
             and line.get("head") == measured.get("kept_head")
         ]
-        # Where nothing merges nothing is learned, and not every study interpolates dense maps.
-        dense_fill = max({line["fill"] for line in dense} & {fill, "interpolate", "repeat"}, key=list(FILLS).index)
-        whole = statistics.mean(line[metric] for line in dense if line["fill"] == dense_fill)
+        whole = statistics.mean(line[metric] for line in _filled(dense, fill))
         lora = "" if best["lora"] is None else f"{best['gain'] - best['lora']:+.1f}"
         smaller = best["value"] - best["gain"]
         share = best["tokens"] / tokens
@@ -159,6 +155,14 @@ def headline() -> str:
     return table(
         ["", "tokens", "whole image", "smaller image", "with LoRA", "merging, entropy", "merging, learned"], rows
     )
+
+
+def _filled(lines: list[dict], fill: str) -> list[dict]:
+    """Those whose maps are filled so or, where none are, in the best other way: where nothing merges nothing is
+    learned, and not every study interpolates dense maps."""
+    fills = {line["fill"] for line in lines}
+    best = fill if fill in fills else max(fills, key=list(FILLS).index)
+    return [line for line in lines if line["fill"] == best]
 
 
 def _of_own_test(label: str, file: str, metric: str, tuned: str | None) -> list[str]:
