@@ -9,9 +9,9 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-# What counts iterations in loops, checkpoints and schedules.
-COUNTED = ("max_iters", "val_begin", "val_interval", "save_begin", "interval", "begin", "end")
-COUNTED += ("T_max", "milestones", "periods", "step_size", "total_steps")
+# What counts iterations in loops and checkpoints, and in schedules.
+LOOPS = ("max_iters", "val_begin", "val_interval", "save_begin", "interval")
+SCHEDULES = ("begin", "end", "T_max", "milestones", "periods", "step_size", "total_steps")
 TASKS = {"mmdet": "det", "mmseg": "seg", "mmengine": "cls"}  # by the configuration's scope
 
 # Where a data set comes from, by the folder that configs name for it.
@@ -148,7 +148,7 @@ def accumulate(cfg: Config, batches: int) -> None:
     if "max_iters" in cfg.train_cfg:
         counted += [cfg.train_cfg, cfg.default_hooks.checkpoint]
     for part in counted:
-        for name in COUNTED:
+        for name in LOOPS + SCHEDULES:
             if isinstance(value := part.get(name), (list, tuple)):
                 part[name] = [batches * milestone for milestone in value]
             elif value is not None:
